@@ -1,0 +1,1 @@
+"""Few-step sampling for diffusers pipelines with solvers that were searched instead of derived."""
