@@ -1,1 +1,29 @@
 """Few-step sampling for diffusers pipelines with solvers that were searched instead of derived."""
+
+# diffusers looks for this name in the package that a pipeline's model_index.json points at.
+from diffusers import SchedulerMixin
+
+from .process import FlowMatching, NoiseProcess, VariancePreserving, process_from_config, time_grid
+from .scheduler import SearchedSolverScheduler, list_bundled_solvers
+from .serialization import SolverFile, SolverFileError, load_solver_file, save_solver_file
+from .solver import SearchedSolver
+
+
+# So that saved pipelines name the package and not a private module.
+SearchedSolverScheduler.__module__ = __name__
+
+__all__ = [
+    "FlowMatching",
+    "NoiseProcess",
+    "SchedulerMixin",
+    "SearchedSolver",
+    "SearchedSolverScheduler",
+    "SolverFile",
+    "SolverFileError",
+    "VariancePreserving",
+    "list_bundled_solvers",
+    "load_solver_file",
+    "process_from_config",
+    "save_solver_file",
+    "time_grid",
+]

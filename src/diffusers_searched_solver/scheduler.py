@@ -1,0 +1,470 @@
+"""SearchedSolverScheduler: the diffusers scheduler contract around a SearchedSolver. No numerics of its own."""
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput, logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from .process import convert_prediction, prediction_type_from_config, process_from_config, time_grid
+from .serialization import SOLVER_FILE, SolverFile, load_solver_file, save_solver_file
+from .solver import SearchedSolver
+
+
+logger = logging.get_logger(__name__)
+
+BUNDLED_SOLVERS = Path(__file__).parent / "solvers"
+
+
+@dataclass
+class SearchedSolverSchedulerOutput(BaseOutput):
+    """
+    Output of [`SearchedSolverScheduler.step`].
+
+    Args:
+        prev_sample (`torch.Tensor`): The sample at the next node, the input of the next network call.
+        pred_original_sample (`torch.Tensor`): The data that this step's prediction points at.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+def list_bundled_solvers() -> list[str]:
+    """Names of the solvers that ship with this package, for [`SearchedSolverScheduler.from_pretrained`]."""
+    return sorted(folder.name for folder in BUNDLED_SOLVERS.iterdir() if (folder / SOLVER_FILE).is_file())
+
+
+class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
+    """
+    Runs a [`SearchedSolver`]: time steps and multistep coefficients that were searched for a model.
+
+    This model inherits from [`SchedulerMixin`] and [`ConfigMixin`]. Load one with
+    `SearchedSolverScheduler.from_pretrained(...)` or put tables around a pipeline's own config with
+    `SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=...)`. Constructed without a solver it is a
+    classical second-order multistep scheduler (variable-step Adams-Bashforth on velocities) for any step count.
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: The noise
+            process of a variance-preserving model, as in [`DDPMScheduler`]; not used by flow-matching models.
+        prediction_type (`str`): What the network predicts: "epsilon", "v_prediction", "sample" (all three on a
+            variance-preserving process) or "flow_prediction" (noise minus data, on the flow-matching process).
+        shift (`float`): Shift of the classical grid of a flow-matching model towards the noise. A searched table's
+            nodes are used as they are.
+        use_dynamic_shifting (`bool`): Whether that grid is shifted by exp(`mu`) of `set_timesteps` instead.
+        base_shift, max_shift, base_image_seq_len, max_image_seq_len: Read by pipelines that compute `mu`.
+        variance_type (`str`, *optional*): Read by some pipelines; this scheduler adds no noise.
+
+    Source: Wang et al., "Differentiable Solver Search for Fast Diffusion Sampling", arXiv 2505.21114.
+    """
+
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers] + [
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+    ]
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int | None = 256,
+        max_image_seq_len: int | None = 4096,
+        variance_type: str | None = None,
+    ):
+        self.process = process_from_config(self.config)
+        self.solver_file: SolverFile | None = None
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.from_numpy(np.arange(num_train_timesteps)[::-1].copy()).float()
+        self.sigmas = torch.from_numpy(self.process.alpha_sigma(self.timesteps.numpy())[1]).float()
+        if self.process.kind == "variance_preserving":
+            self.alphas_cumprod = torch.from_numpy(self.process.alphas_cumprod).float()
+        self._solver: SearchedSolver | None = None
+        self._begin_index: int | None = None
+        self._reset()
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs,
+    ):
+        """
+        Load a scheduler with its solver from a local folder, by the name of a bundled solver, or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path: Tried in this order: a folder written by `save_pretrained` or by
+                `search/run.py`; one of [`list_bundled_solvers`]; a Hub repository.
+            subfolder (`str`, *optional*): Where in it.
+            return_unused_kwargs (`bool`): As in [`SchedulerMixin.from_pretrained`].
+            kwargs: `revision`, `cache_dir`, `token`, `local_files_only` and so on, as in
+                [`SchedulerMixin.from_pretrained`].
+
+        Raises:
+            EnvironmentError: If there is nothing of that name.
+            SolverFileError: If the solver file cannot be trusted.
+        """
+        source = str(pretrained_model_name_or_path)
+        if not os.path.isdir(source) and source in list_bundled_solvers():
+            source = str(BUNDLED_SOLVERS / source)
+        hub_kwargs = {
+            key: kwargs[key]
+            for key in ("cache_dir", "force_download", "token", "local_files_only", "revision")
+            if key in kwargs
+        }
+        config, kwargs, commit_hash = cls.load_config(
+            source, subfolder=subfolder, return_unused_kwargs=True, return_commit_hash=True, **kwargs
+        )
+        if os.path.isdir(source):
+            path = Path(source, subfolder or "", SOLVER_FILE)
+            path = path if path.is_file() else None
+        else:
+            path = _download_solver_file(source, subfolder, commit_hash, hub_kwargs)
+        if path is None:
+            logger.warning(
+                f"'{pretrained_model_name_or_path}' has no '{SOLVER_FILE}', so this scheduler is a classical "
+                "second-order multistep scheduler. Search a solver with `accelerate launch search/run.py`."
+            )
+        solver = None if path is None else load_solver_file(path)
+        return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, solver=solver, **kwargs)
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, solver=None, **kwargs):
+        """
+        Build a scheduler for the model that a scheduler config describes.
+
+        Args:
+            config: Usually `pipe.scheduler.config`; its noise process and prediction type are kept.
+            return_unused_kwargs (`bool`): As in [`ConfigMixin.from_config`].
+            solver (*optional*): A [`SolverFile`], one [`SearchedSolver`], the path of a solver file or of a folder
+                with one, or the name of a bundled solver.
+            kwargs: Config entries to change.
+
+        Raises:
+            ValueError: If the solver is for the other kind of noise process.
+        """
+        if config is not None and "prediction_type" not in kwargs:
+            kwargs["prediction_type"] = prediction_type_from_config(config)
+        loaded = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        scheduler = loaded[0] if return_unused_kwargs else loaded
+        if solver is not None:
+            scheduler._set_solver(solver)
+        return loaded
+
+    def _set_solver(self, solver):
+        if isinstance(solver, (str, os.PathLike)):
+            solver = _find_solver_file(Path(solver))
+        if isinstance(solver, SearchedSolver):
+            solver = SolverFile({solver.num_steps: solver}, self.process, self.config.prediction_type)
+        if solver.process.kind != self.process.kind:
+            raise ValueError(
+                f"The solver is for a {solver.process.kind.replace('_', ' ')} process, this model has a "
+                f"{self.process.kind.replace('_', ' ')} one (`prediction_type` {self.config.prediction_type!r}). Pass "
+                "a solver that was searched for such a model, or search one with `accelerate launch search/run.py`."
+            )
+        self.solver_file = _carry_over(solver, self.process)
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """Save `scheduler_config.json`, and the solver in the sub-folder `solver/` if there is one."""
+        if self.solver_file is not None and not os.path.isfile(save_directory):
+            save_solver_file(self.solver_file, Path(save_directory, SOLVER_FILE))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    # Schedules
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[float] | np.ndarray | torch.Tensor | None = None,
+        sigmas: list[float] | np.ndarray | torch.Tensor | None = None,
+        mu: float | None = None,
+    ):
+        """
+        Choose the table for a run and forget the run before.
+
+        Args:
+            num_inference_steps (`int`, *optional*): N; a step count that the solver file holds.
+            device (*optional*): Where `timesteps` goes.
+            timesteps, sigmas (*optional*): An explicit schedule. `sigmas` equal to 1 - i/N, which many flow pipelines
+                pass by default, means N steps of the searched solver; any other schedule is honoured with a classical
+                second-order multistep table on those nodes.
+            mu (`float`, *optional*): Shift of the classical grid if the config uses dynamic shifting.
+
+        Raises:
+            ValueError: If there is no solver for so many steps, or no valid schedule is given.
+        """
+        explicit = timesteps if timesteps is not None else sigmas
+        if sigmas is not None and timesteps is None and _is_default_grid(sigmas):
+            num_inference_steps, explicit = len(sigmas), None
+        if explicit is not None:
+            self._solver = self._classical_on(timesteps, sigmas)
+        elif num_inference_steps is None:
+            raise ValueError(
+                "`set_timesteps` needs one of `num_inference_steps`, `timesteps` and `sigmas`, found none."
+            )
+        elif self.solver_file is None:
+            shift = math.exp(mu) if mu is not None and self.config.use_dynamic_shifting else self.config.shift
+            self._solver = _second_order(*time_grid(self.process, num_inference_steps, shift))
+        else:
+            self._solver = self._searched(num_inference_steps)
+        self.num_inference_steps = self._solver.num_steps
+        self.timesteps = torch.tensor(self._solver.timesteps, dtype=torch.float32, device=device)
+        self.sigmas = torch.tensor(self._solver.sigmas, dtype=torch.float32)
+        self._begin_index = None
+        self._reset()
+
+    def _searched(self, num_steps: int) -> SearchedSolver:
+        solver = self.solver_file.solvers.get(num_steps)
+        if solver is None:
+            counts = self.solver_file.step_counts
+            listed = " and ".join(filter(None, [", ".join(map(str, counts[:-1])), str(counts[-1])]))
+            raise ValueError(
+                f"No solver for {num_steps} steps: this scheduler has {listed}. Pass one of these as "
+                f"`num_inference_steps`, or search one with `accelerate launch search/run.py --num-steps {num_steps}`."
+            )
+        return solver
+
+    def _classical_on(self, timesteps, sigmas) -> SearchedSolver:
+        if self.solver_file is not None:
+            logger.warning_once(
+                "An explicit schedule was passed, which the searched solver does not have: a classical second-order "
+                "multistep solver runs on it. Pass only `num_inference_steps` to use the searched one."
+            )
+        if timesteps is None:
+            if self.process.kind != "flow_matching":
+                raise ValueError(
+                    "`sigmas` is a schedule for flow-matching models, this model has `prediction_type` "
+                    f"{self.config.prediction_type!r}. Pass `timesteps` instead."
+                )
+            sigmas = np.trim_zeros(_to_numpy(sigmas), "b")
+            timesteps = sigmas * self.config.num_train_timesteps
+        timesteps = _to_numpy(timesteps)
+        alphas, sigmas = self.process.alpha_sigma(timesteps)
+        return _second_order(timesteps, np.append(alphas, 1.0), np.append(sigmas, 0.0))
+
+    def set_begin_index(self, begin_index: int = 0):
+        """Start the next run at this step, as image-to-image pipelines do."""
+        self._begin_index = begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """The step that comes next; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The step at which a run starts, if a pipeline has said so."""
+        return self._begin_index
+
+    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
+        """
+        The step whose timestep is nearest to `timestep`.
+
+        The elements of `self.timesteps` are recognised by their place in memory, which costs no device
+        synchronisation.
+        """
+        if torch.is_tensor(timestep) and timestep.ndim == 0:
+            if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
+                return timestep.storage_offset()
+        return int(abs(self._solver.timesteps - float(timestep)).argmin())
+
+    # A run
+
+    def _reset(self):
+        self._step_index: int | None = None
+        self.model_outputs: list[torch.Tensor] = []
+
+    def scale_model_input(self, sample: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """The sample itself: this scheduler's states are what the network takes."""
+        return sample
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | None = None,
+        per_token_timesteps: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SearchedSolverSchedulerOutput | tuple:
+        """
+        Advance the sample by one step.
+
+        Args:
+            model_output (`torch.Tensor`): The network's output (after guidance), of the config's `prediction_type`.
+            timestep: The element of `timesteps` that the network was called with; it tells where a run begins.
+            sample (`torch.Tensor`): The state the network was called on, of the output's shape.
+            eta, use_clipped_model_output, generator, per_token_timesteps: Accepted because pipelines pass them. The
+                solver is deterministic, so only their neutral values are possible for `eta` and
+                `per_token_timesteps`.
+            return_dict (`bool`): Whether to return a [`SearchedSolverSchedulerOutput`] rather than a tuple.
+
+        Returns:
+            The sample at the next node, in `model_output`'s dtype, and the data this prediction points at.
+
+        Raises:
+            RuntimeError: Before `set_timesteps`, or after the last step.
+            ValueError: If shapes differ.
+            NotImplementedError: If noise or per-token times are asked for.
+        """
+        index = self._next_index(timestep)
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"`model_output` has shape {tuple(model_output.shape)}, `sample` {tuple(sample.shape)}; expected the "
+                "same. Drop the learned variance from the output if the network predicts one."
+            )
+        if eta or per_token_timesteps is not None:
+            raise NotImplementedError(
+                "A searched solver is deterministic and has one time for all tokens. Call the pipeline without `eta` "
+                "and `per_token_timesteps`."
+            )
+        solver = self._solver
+        alpha, sigma = float(solver.alphas[index]), float(solver.sigmas[index])
+        prediction = _convert(model_output, sample, self.config.prediction_type, solver.prediction_type, alpha, sigma)
+        self.model_outputs.append(prediction)
+        prev_sample = solver.step(sample, self.model_outputs, index).to(model_output.dtype)
+        data = _convert(prediction, sample, solver.prediction_type, "sample", alpha, sigma).to(model_output.dtype)
+        self._step_index = index + 1
+        if self._step_index == self.num_inference_steps:
+            self.model_outputs = []
+        if not return_dict:
+            return prev_sample, data
+        return SearchedSolverSchedulerOutput(prev_sample, data)
+
+    def _next_index(self, timestep) -> int:
+        if self._solver is None:
+            raise RuntimeError("`step` was called before `set_timesteps`; call `set_timesteps(num_steps)` first.")
+        index = self._step_index
+        if index is None:
+            index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        if index >= self.num_inference_steps:
+            raise RuntimeError(
+                f"`step` was called {index + 1} times in a run of {self.num_inference_steps} steps. Call "
+                "`set_timesteps` to begin another run."
+            )
+        return index
+
+    # Noise
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """
+        Noise samples to the level of `timesteps`.
+
+            x = alpha(t) * original + sigma(t) * noise
+
+        Args:
+            original_samples, noise (`torch.Tensor`, shape (batch, ...)): Data and standard normal noise.
+            timesteps (`torch.Tensor`, shape (batch,) or (1,) or ()): A timestep of the current schedule stands for its
+                node, any other (0 to `num_train_timesteps`) for the process at that time.
+        """
+        alphas, sigmas = self._levels(original_samples, timesteps)
+        return alphas * original_samples + sigmas * noise.to(original_samples)
+
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """[`add_noise`] in the argument order of flow-matching pipelines."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The target of a v-prediction model: alpha(t) * noise - sigma(t) * sample."""
+        alphas, sigmas = self._levels(sample, timesteps)
+        return alphas * noise.to(sample) - sigmas * sample
+
+    def _levels(self, sample: torch.Tensor, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha and sigma of `timesteps`, shaped to multiply `sample`."""
+        timesteps = np.atleast_1d(_to_numpy(timesteps))
+        levels = np.stack(self.process.alpha_sigma(timesteps))
+        if self._solver is not None:
+            # float32, because that is what `self.timesteps` gives out.
+            matches = timesteps.astype(np.float32)[:, None] == self._solver.timesteps.astype(np.float32)
+            rows, nodes = np.nonzero(matches)
+            levels[:, rows] = self._solver.alphas[nodes], self._solver.sigmas[nodes]
+        levels = torch.from_numpy(levels).to(sample)
+        return tuple(level.reshape(-1, *[1] * (sample.ndim - 1)) for level in levels)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+def _convert(output, sample, source: str, target: str, alpha: float, sigma: float) -> torch.Tensor:
+    """A prediction of one kind as another kind, in at least float32 where it has to be computed."""
+    u, w = convert_prediction(source, target, alpha, sigma)
+    if u == 0:
+        return output if w == 1 else output * w
+    return (sample.to(torch.promote_types(sample.dtype, torch.float32)) * u).add_(output, alpha=w)
+
+
+def _to_numpy(values) -> np.ndarray:
+    return np.asarray(values.detach().cpu() if torch.is_tensor(values) else values, np.float64)
+
+
+def _is_default_grid(sigmas) -> bool:
+    """Whether `sigmas` is 1 - i/N, which flow pipelines pass for lack of a wish."""
+    sigmas = _to_numpy(sigmas)
+    return sigmas.size > 0 and bool(abs(sigmas - (1 - np.arange(len(sigmas)) / len(sigmas))).max() < 1e-5)
+
+
+def _second_order(timesteps, alphas, sigmas) -> SearchedSolver:
+    return SearchedSolver.adams_bashforth(timesteps, alphas, sigmas, "velocity", order=2)
+
+
+def _carry_over(file: SolverFile, process) -> SolverFile:
+    """The file for a model with other betas or another time unit: each timestep moves to the same noise level."""
+    if file.process == process:
+        return file
+    logger.warning(
+        f"The solver was searched for {file.process}, the model has {process}: its timesteps are carried over to the "
+        "same noise levels. Expect less than a solver that was searched for this model."
+    )
+    solvers = {
+        n: replace(solver, timesteps=process.timesteps(*file.process.alpha_sigma(solver.timesteps)))
+        for n, solver in file.solvers.items()
+    }
+    return replace(file, solvers=solvers, process=process)
+
+
+def _find_solver_file(path: Path) -> SolverFile:
+    candidates = [path, path / SOLVER_FILE, BUNDLED_SOLVERS / path.name / SOLVER_FILE]
+    for candidate in candidates:
+        if candidate.is_file():
+            return load_solver_file(candidate)
+    raise FileNotFoundError(
+        f"No solver file at '{path}' or '{path / SOLVER_FILE}', and no bundled solver of that name: expected a path "
+        f"or one of {', '.join(list_bundled_solvers())}. For a Hub repository use "
+        "`SearchedSolverScheduler.from_pretrained(repo_id)`."
+    )
+
+
+def _download_solver_file(repo_id: str, subfolder: str | None, commit_hash: str | None, hub_kwargs) -> Path | None:
+    """The solver file of the same commit as the config, or None if that commit has none."""
+    filename = f"{subfolder}/{SOLVER_FILE}" if subfolder else SOLVER_FILE
+    revision = commit_hash or hub_kwargs.pop("revision", None)
+    try:
+        return Path(hf_hub_download(repo_id, filename, **{**hub_kwargs, "revision": revision}))
+    except EntryNotFoundError:
+        return None

@@ -1,0 +1,199 @@
+"""Solver files: the tables of several step counts in one safetensors file, read with suspicion and written whole."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from .process import PREDICTION_TYPES, NoiseProcess, process_from_json, process_to_json
+from .solver import SearchedSolver
+
+
+FORMAT_VERSION = 1
+# On the Hub and on disk, relative to `scheduler_config.json`. In a sub-folder, because a safetensors file right beside
+# the scheduler's config makes diffusers take the scheduler for a model and skip the rest of a pipeline's weights.
+SOLVER_FILE = "solver/searched_solver.safetensors"
+MAX_BYTES = 4 * 2**20
+MAX_STEPS = 256
+_TABLES = ("timesteps", "alphas", "sigmas", "coefficients")
+_ROW_SUMS = {"one": True, "free": False}
+
+
+class SolverFileError(ValueError):
+    """A solver file cannot be trusted; the message names what was found, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class SolverFile:
+    """
+    What a solver file holds.
+
+    Args:
+        solvers (`dict[int, SearchedSolver]`): By number of steps; all of one frame and one kind of row sums.
+        process (`NoiseProcess`): The noise process of the network that the tables were made for.
+        prediction_type (`str`): What that network predicts, one of `PREDICTION_TYPES`.
+        provenance (`dict[str, str]`): How the tables came to be: base model, guidance scale, teacher, errors measured
+            and so on. Free text, untrusted, for people to read.
+    """
+
+    solvers: Mapping[int, SearchedSolver]
+    process: NoiseProcess
+    prediction_type: str
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        kinds = {(solver.frame, solver.consistent) for solver in self.solvers.values()}
+        if len(kinds) != 1:
+            raise ValueError(f"A solver file holds solvers of one frame and one kind of row sums, found {kinds or 0}.")
+        for num_steps, solver in self.solvers.items():
+            if solver.num_steps != num_steps:
+                raise ValueError(f"The solver filed under {num_steps} steps has {solver.num_steps}.")
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"`prediction_type` is {self.prediction_type!r}, expected one of {PREDICTION_TYPES}.")
+
+    @property
+    def step_counts(self) -> list[int]:
+        return sorted(self.solvers)
+
+
+def save_solver_file(file: SolverFile, path: str | os.PathLike) -> None:
+    """
+    Write a solver file. It is written aside and renamed, so `path` is never half written.
+
+    Args:
+        path: Where to; its folder is made if need be.
+    """
+    any_solver = next(iter(file.solvers.values()))
+    metadata = {
+        **{f"provenance.{key}": str(value) for key, value in file.provenance.items()},
+        "format_version": str(FORMAT_VERSION),
+        "frame": any_solver.frame,
+        "row_sums": "one" if any_solver.consistent else "free",
+        "process": process_to_json(file.process),
+        "prediction_type": file.prediction_type,
+    }
+    tensors = {f"{n}.{name}": getattr(solver, name) for n, solver in file.solvers.items() for name in _TABLES}
+    write_whole(Path(path), save(tensors, metadata))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `content` beside `path` and rename it into place: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        os.unlink(aside)
+        raise
+
+
+def load_solver_file(path: str | os.PathLike) -> SolverFile:
+    """
+    Read a solver file. Only tensors and strings are read; nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: If there is no file at `path`.
+        SolverFileError: If anything in it is not what the format promises.
+    """
+    path = Path(path)
+    if path.stat().st_size > MAX_BYTES:
+        raise SolverFileError(f"'{path}' has {path.stat().st_size} bytes, a solver file at most {MAX_BYTES}.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            _check_version(path, metadata)
+            tensors = {name: _read_tensor(path, file, name) for name in file.keys()}
+    except SafetensorError as error:
+        raise SolverFileError(
+            f"'{path}' is not a whole safetensors file ({error}). Download or save it again."
+        ) from error
+    frame, consistent, process, prediction_type = _read_header(path, metadata)
+    solvers = {n: _read_solver(path, tensors, n, frame, consistent) for n in _step_counts(path, tensors)}
+    provenance = {
+        key.removeprefix("provenance."): value for key, value in metadata.items() if key.startswith("provenance.")
+    }
+    return SolverFile(solvers, process, prediction_type, provenance)
+
+
+def _check_version(path: Path, metadata: Mapping[str, str]):
+    version = metadata.get("format_version")
+    if version is None:
+        raise SolverFileError(
+            f"'{path}' has no `format_version` in its metadata, so it is not a solver file. Files of this kind are "
+            "written by `SearchedSolverScheduler.save_pretrained` and `search/run.py`."
+        )
+    if not version.isdecimal() or int(version[:9]) < 1:
+        raise SolverFileError(f"'{path}' has format version {version[:40]!r}, expected a whole number of at least 1.")
+    if int(version[:9]) > FORMAT_VERSION:
+        raise SolverFileError(
+            f"'{path}' has format version {version[:40]}, this installation reads up to {FORMAT_VERSION}. Upgrade "
+            "with `pip install -U diffusers-searched-solver`."
+        )
+
+
+def _read_tensor(path: Path, file, name: str):
+    dtype = file.get_slice(name).get_dtype()
+    if dtype != "F64":
+        raise SolverFileError(f"'{path}': tensor '{name}' has dtype {dtype}, expected F64. Save it again in float64.")
+    return file.get_tensor(name)
+
+
+def _read_header(path: Path, metadata: Mapping[str, str]) -> tuple[str, bool, NoiseProcess, str]:
+    choices = {"frame": ("data", "velocity"), "row_sums": tuple(_ROW_SUMS), "prediction_type": PREDICTION_TYPES}
+    for key, allowed in choices.items():
+        if metadata.get(key) not in allowed:
+            raise SolverFileError(
+                f"'{path}': metadata `{key}` is {metadata.get(key)!r}, expected one of {', '.join(allowed)}."
+            )
+    try:
+        process = process_from_json(metadata.get("process", ""))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SolverFileError(
+            f"'{path}': metadata `process` cannot be read ({error}). Save the file again from a scheduler whose "
+            "config describes its noise process."
+        ) from error
+    return metadata["frame"], _ROW_SUMS[metadata["row_sums"]], process, metadata["prediction_type"]
+
+
+def _step_counts(path: Path, tensors) -> list[int]:
+    counts = set()
+    for name in tensors:
+        count, _, table = name.partition(".")
+        if table not in _TABLES or not count.isascii() or not count.isdecimal() or str(int(count[:9])) != count:
+            raise SolverFileError(
+                f"'{path}': unexpected tensor '{name[:80]}', expected a step count and a table, such as "
+                f"'8.timesteps' ({', '.join(_TABLES)})."
+            )
+        if not 1 <= int(count) <= MAX_STEPS:
+            raise SolverFileError(f"'{path}': tensor '{name}' is of {count} steps, expected 1 to {MAX_STEPS}.")
+        counts.add(int(count))
+    if not counts:
+        raise SolverFileError(f"'{path}' holds no solver. Search one with `accelerate launch search/run.py`.")
+    return sorted(counts)
+
+
+def _read_solver(path: Path, tensors, num_steps: int, frame: str, consistent: bool) -> SearchedSolver:
+    tables = {name: tensors.get(f"{num_steps}.{name}") for name in _TABLES}
+    for name, table in tables.items():
+        if table is None:
+            raise SolverFileError(f"'{path}': tensor '{num_steps}.{name}' is missing. Download the file again.")
+    if tables["timesteps"].shape != (num_steps,):
+        raise SolverFileError(
+            f"'{path}': tensor '{num_steps}.timesteps' has shape {tables['timesteps'].shape}, expected ({num_steps},)."
+        )
+    try:
+        return SearchedSolver(**tables, frame=frame, consistent=consistent)
+    except ValueError as error:
+        raise SolverFileError(
+            f"'{path}': the tables of {num_steps} steps ('{num_steps}.*') are not a solver. {error} "
+            "Download the file again or search anew."
+        ) from error

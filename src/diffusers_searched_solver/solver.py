@@ -1,0 +1,211 @@
+"""SearchedSolver: a multistep solver as a frozen table, and the only implementation of its update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.polynomial import Polynomial
+
+from .process import FRAME_PREDICTIONS
+
+
+ROW_SUM_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class SearchedSolver:
+    """
+    A linear multistep solver of N steps on fixed nodes.
+
+    At step i the network is called at `timesteps[i]`, its output is expressed in `frame` as the prediction p_i, and
+
+        x' = (k' / k) * x + (m' - k' * m / k) * sum_{j <= i} c_ij * p_j
+
+    where k, m = sigma, alpha          if frame is "data":      p = D, the data
+          k, m = alpha + sigma, sigma  if frame is "velocity":  p = E - D, noise minus data
+
+    and primes are the next node. The state x = alpha * D + sigma * E divided by k is (m / k) * p plus something that
+    does not depend on p, so a constant prediction is integrated exactly if a row of c sums to one. On flow-matching
+    nodes (alpha = 1 - sigma) the velocity update is x' = x + (sigma' - sigma) * sum_j c_ij p_j.
+
+    Args:
+        timesteps (`np.ndarray`, shape (N,)): What the network is called with, in diffusers' unit (0 to 1000), strictly
+            decreasing. Free of the nodes: a searched solver may call the network at a time other than its node's.
+        alphas, sigmas (`np.ndarray`, shape (N+1,)): Signal and noise scale at the nodes, non-negative; sigma / alpha
+            is strictly decreasing. Only the last sigma may be 0, only the first alpha may be 0.
+        coefficients (`np.ndarray`, shape (N, N)): c, lower triangle including the diagonal.
+        frame (`str`): "velocity" or "data".
+        consistent (`bool`): Whether every row of c sums to one; it is checked if so.
+
+    Raises:
+        ValueError: If a table has the wrong shape or breaks one of the properties above.
+
+    Source: Wang et al., "Differentiable Solver Search for Fast Diffusion Sampling", arXiv 2505.21114, section 4, whose
+    family has row sums of one and timesteps equal to the nodes' times.
+    """
+
+    timesteps: np.ndarray
+    alphas: np.ndarray
+    sigmas: np.ndarray
+    coefficients: np.ndarray
+    frame: str
+    consistent: bool = True
+
+    def __post_init__(self):
+        for name in ("timesteps", "alphas", "sigmas", "coefficients"):
+            table = np.array(getattr(self, name), dtype=np.float64)
+            table.setflags(write=False)
+            object.__setattr__(self, name, table)
+        _check(self)
+        object.__setattr__(self, "_weights", _update_weights(self))
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def prediction_type(self) -> str:
+        """What p_j is, in diffusers' words: "sample" or "flow_prediction"."""
+        return FRAME_PREDICTIONS[self.frame]
+
+    def step(self, sample: torch.Tensor, history: Sequence[torch.Tensor], index: int) -> torch.Tensor:
+        """
+        Advance `sample` from node `index` to the next.
+
+        Args:
+            sample (`torch.Tensor`): x, any shape.
+            history (sequence of `torch.Tensor`): Predictions in the solver's frame, oldest first, the last one that of
+                this step; at most `index` + 1. If there are fewer, the run began mid-way: the weights of predictions
+                that do not exist fall on the oldest that does, so that row sums are kept.
+            index (`int`): i, 0 to N-1.
+
+        Returns:
+            `torch.Tensor`: x', a new tensor; float32 for half-precision samples, otherwise of the sample's dtype.
+        """
+        state_weight, weights = self._weights[index]
+        missing = index + 1 - len(history)
+        if missing:
+            weights = (sum(weights[: missing + 1]), *weights[missing + 1 :])
+        result = sample.to(torch.promote_types(sample.dtype, torch.float32)) * state_weight
+        for prediction, weight in zip(history, weights, strict=True):
+            if weight:
+                result.add_(prediction, alpha=weight)
+        return result
+
+    @classmethod
+    def adams_bashforth(cls, timesteps, alphas, sigmas, frame: str, order: int) -> "SearchedSolver":
+        """
+        The variable-step Adams-Bashforth table on given nodes, which ramps up from order one.
+
+            c_ij = integral of L_ij(s) ds from tau_i to tau_{i+1}, over (tau_{i+1} - tau_i),   tau = m / k
+
+        where L_ij are the Lagrange polynomials of the last min(order, i+1) nodes, in the frame's own time: tau is
+        sigma / (alpha + sigma) for velocities (the flow time) and alpha / sigma for data.
+
+        Order 1 is Euler's method on the flow (`frame="velocity"`) and DDIM (`frame="data"`). Order 2 in the data frame
+        is of DPM-Solver++(2M)'s family: both integrate the data prediction exactly in alpha / sigma = exp(lambda);
+        this table extrapolates it linearly in exp(lambda), c = (1 + h/2g, -h/2g) with steps h after g in exp(lambda),
+        DPM-Solver++(2M) takes the same two numbers with the steps in lambda. A data-frame step into sigma = 0 has no
+        finite length and is taken with order 1, as DPM-Solver++ does.
+
+        Args:
+            timesteps, alphas, sigmas, frame: As in the class.
+            order (`int`): 1 to 4 are usual.
+
+        Source: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", III.5; Lu et al.,
+        "DPM-Solver++", arXiv 2211.01095.
+        """
+        alphas, sigmas = np.asarray(alphas, np.float64), np.asarray(sigmas, np.float64)
+        scales, signals = _frame_scales(alphas, sigmas, frame)
+        num_steps = len(timesteps)
+        coefficients = np.zeros((num_steps, num_steps))
+        for i in range(num_steps):
+            first = i if scales[i + 1] == 0 else max(0, i + 1 - order)
+            if first == i:
+                coefficients[i, i] = 1
+                continue
+            times = signals[first : i + 2] / scales[first : i + 2]
+            times = (times - times[-2]) / (times[-1] - times[-2])
+            coefficients[i, first : i + 1] = _integrated_lagrange(times[:-1])
+        return cls(timesteps, alphas, sigmas, coefficients, frame)
+
+
+def _integrated_lagrange(times: np.ndarray) -> np.ndarray:
+    """Integrals from 0 to 1 of the Lagrange polynomials on `times`."""
+    weights = []
+    for j, time in enumerate(times):
+        others = np.delete(times, j)
+        polynomial = Polynomial.fromroots(others) / np.prod(time - others)
+        weights.append(polynomial.integ()(1.0))
+    return np.array(weights)
+
+
+def _frame_scales(alphas: np.ndarray, sigmas: np.ndarray, frame: str) -> tuple[np.ndarray, np.ndarray]:
+    """k and m of the update: x / k moves along p at the rate of m / k."""
+    return (sigmas, alphas) if frame == "data" else (alphas + sigmas, sigmas)
+
+
+def _update_weights(solver: SearchedSolver) -> tuple[tuple[float, tuple[float, ...]], ...]:
+    """For each step the weight of x and those of the predictions, as Python floats: they cost a GPU no transfer."""
+    k, m = _frame_scales(solver.alphas, solver.sigmas, solver.frame)
+    state_weights = k[1:] / k[:-1]
+    lengths = m[1:] - state_weights * m[:-1]
+    rows = lengths[:, None] * solver.coefficients
+    return tuple((float(state_weights[i]), tuple(rows[i, : i + 1].tolist())) for i in range(solver.num_steps))
+
+
+def _check(solver: SearchedSolver):
+    """Refuse tables that break a promise of the class, naming the table, the value and the promise."""
+    if solver.frame not in FRAME_PREDICTIONS:
+        raise ValueError(f"`frame` is {solver.frame!r}, expected one of {sorted(FRAME_PREDICTIONS)}.")
+    n = solver.timesteps.size
+    if solver.timesteps.ndim != 1 or n == 0:
+        raise ValueError(f"`timesteps` has shape {solver.timesteps.shape}, expected one number a step, at least one.")
+    shapes = {"alphas": (n + 1,), "sigmas": (n + 1,), "coefficients": (n, n)}
+    for name, shape in shapes.items():
+        if getattr(solver, name).shape != shape:
+            raise ValueError(f"`{name}` has shape {getattr(solver, name).shape}, expected {shape} for {n} steps.")
+    for name in ("timesteps", *shapes):
+        table = getattr(solver, name)
+        if not np.isfinite(table).all():
+            place = np.argwhere(~np.isfinite(table))[0].tolist()
+            raise ValueError(f"`{name}` holds {table[tuple(place)]} at {place}, expected finite numbers.")
+    _check_nodes(solver)
+    _check_coefficients(solver)
+
+
+def _check_nodes(solver: SearchedSolver):
+    alphas, sigmas, timesteps = solver.alphas, solver.sigmas, solver.timesteps
+    for name, table, positive in (("alphas", alphas, alphas[1:]), ("sigmas", sigmas, sigmas[:-1])):
+        if table.min() < 0 or positive.min() <= 0:
+            raise ValueError(
+                f"`{name}` goes down to {table.min()}, expected positive scales (the first alpha and the last sigma "
+                "may be 0)."
+            )
+    rises = np.flatnonzero(alphas[1:] * sigmas[:-1] <= alphas[:-1] * sigmas[1:])
+    if rises.size:
+        raise ValueError(
+            f"The noise level sigma / alpha does not fall from node {rises[0]} to node {rises[0] + 1} of "
+            f"{solver.num_steps} steps. Nodes must run from noise to data."
+        )
+    rises = np.flatnonzero(np.diff(timesteps) >= 0)
+    if rises.size or timesteps[-1] < 0:
+        raise ValueError(f"`timesteps` is {timesteps.tolist()}, expected strictly decreasing numbers of at least 0.")
+
+
+def _check_coefficients(solver: SearchedSolver):
+    above = np.argwhere(np.triu(solver.coefficients, 1))
+    if above.size:
+        i, j = above[0].tolist()
+        raise ValueError(
+            f"`coefficients` is {solver.coefficients[i, j]} at [{i}, {j}], above the diagonal: step {i} cannot use "
+            f"the prediction of step {j}. Expected 0."
+        )
+    row_sums = solver.coefficients.sum(1)
+    off = np.flatnonzero(abs(row_sums - 1) > ROW_SUM_TOLERANCE)
+    if solver.consistent and off.size:
+        raise ValueError(
+            f"Row {off[0]} of `coefficients` sums to {row_sums[off[0]]:.6g}, expected 1 in a consistent solver. "
+            "Correct the row, or declare `consistent=False` if its sum was searched too."
+        )
