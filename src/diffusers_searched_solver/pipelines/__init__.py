@@ -1,0 +1,6 @@
+"""Pipelines that diffusers does not have."""
+
+from .pipeline_sit import SiTPipeline
+
+
+__all__ = ["SiTPipeline"]
