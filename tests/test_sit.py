@@ -1,5 +1,6 @@
 """SiT: the network against the official code, and the pipeline against the conventions that it brings together."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
+from diffusers_searched_solver import SearchedSolverScheduler
 from diffusers_searched_solver.models import SiTTransformer2DModel
 from diffusers_searched_solver.pipelines import SiTPipeline
 
@@ -29,6 +31,7 @@ FLOW_SCHEDULERS = [
     FlowMatchHeunDiscreteScheduler(),
     UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
     DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    SearchedSolverScheduler(prediction_type="flow_prediction"),
 ]
 
 
@@ -238,6 +241,20 @@ def test_images_are_the_decoded_latents(channels, mode):
     image = run(pipe, output_type="pil")[0]
     assert (image.mode, image.size) == (mode, (8, 8))
     np.testing.assert_array_equal(np.asarray(image), (arrays[0].squeeze() * 255).round().astype("uint8"))
+
+
+def test_without_its_no_grad_the_loop_passes_gradients_to_a_learnable_schedule():
+    class Learnable(FlowMatchEulerDiscreteScheduler):
+        def set_timesteps(self, num_inference_steps, device=None):
+            self.timesteps = torch.tensor([1000.0, 500.0], requires_grad=True)
+
+        def step(self, model_output, timestep, sample, return_dict):
+            return (sample - 0.5 * model_output,)
+
+    pipe = new_pipeline(scheduler=Learnable())
+    call = inspect.unwrap(SiTPipeline.__call__)
+    call(pipe, [1, 3], latents=noise(2), output_type="latent").images.square().sum().backward()
+    assert pipe.scheduler.timesteps.grad.abs().min() > 0
 
 
 LOAD = """
