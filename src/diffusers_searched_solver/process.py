@@ -141,9 +141,11 @@ def prediction_type_from_config(config: Mapping) -> str:
     """
     What the network of a diffusers scheduler config predicts.
 
-    FlowMatch schedulers have no `prediction_type` in their config, so their class name tells.
+    FlowMatch schedulers have no `prediction_type` in their config; their class name tells, or else their `shift`.
     """
     if str(config.get("_class_name", "")).startswith("FlowMatch") or config.get("use_flow_sigmas"):
+        return "flow_prediction"
+    if "shift" in config and "prediction_type" not in config:
         return "flow_prediction"
     return config.get("prediction_type", "epsilon")
 
@@ -172,20 +174,44 @@ def process_from_json(text: str) -> NoiseProcess:
         raise ValueError(f"`process` is {text!r}, which does not describe a {kind} process.") from error
 
 
-def time_grid(process: NoiseProcess, num_steps: int, shift: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def time_grid(
+    process: NoiseProcess, num_steps: int, shift: float = 1.0, start: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     Nodes uniform in time, then shifted towards the noise (shift > 1) or the data (shift < 1).
 
-        t = max_timestep * shift * u / (1 + (shift - 1) * u),   u = 1, 1 - 1/N, ..., 1/N, and the last node is the data
+        t = start * max_timestep * shift * u / (1 + (shift - 1) * u),   u = 1, 1 - 1/N, ..., 1/N
+
+    and the last node is the data.
 
     Args:
         num_steps (`int`): N, at least 1.
         shift (`float`): Positive; 1 is the uniform grid.
+        start (`float`): Where to begin, as a share of `max_timestep`. A variance-preserving process is nearly pure
+            noise long before its end, and steps spent there are lost.
 
     Returns:
         `timesteps` (N), `alphas` (N+1), `sigmas` (N+1), float64.
     """
     u = 1 - np.arange(num_steps) / num_steps
-    timesteps = process.max_timestep * shift * u / (1 + (shift - 1) * u)
+    return _grid_on(process, process.max_timestep * start * np.minimum(shift * u / (1 + (shift - 1) * u), 1))
+
+
+def log_snr_grid(process: VariancePreserving, num_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Nodes uniform in log(alpha / sigma) from the noisiest to the cleanest timestep of a process; the last is the data.
+
+    Args:
+        num_steps (`int`): N, at least 2.
+
+    Returns:
+        `timesteps` (N), `alphas` (N+1), `sigmas` (N+1), float64.
+    """
+    alphas, sigmas = process.alpha_sigma([process.max_timestep, 0.0])
+    log_ratios = np.linspace(*np.log(alphas / sigmas), num_steps)
+    return _grid_on(process, process.timesteps(np.exp(log_ratios), np.ones(num_steps)))
+
+
+def _grid_on(process: NoiseProcess, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     alphas, sigmas = process.alpha_sigma(timesteps)
     return timesteps, np.append(alphas, 1.0), np.append(sigmas, 0.0)

@@ -14,7 +14,7 @@ from diffusers.utils import BaseOutput, logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .process import convert_prediction, prediction_type_from_config, process_from_config, time_grid
+from .process import prediction_type_from_config, process_from_config, time_grid
 from .serialization import SOLVER_FILE, SolverFile, load_solver_file, save_solver_file
 from .solver import SearchedSolver
 
@@ -345,11 +345,10 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
                 "and `per_token_timesteps`."
             )
         solver = self._solver
-        alpha, sigma = float(solver.alphas[index]), float(solver.sigmas[index])
-        prediction = _convert(model_output, sample, self.config.prediction_type, solver.prediction_type, alpha, sigma)
+        prediction = solver.prediction(model_output, sample, index, self.config.prediction_type)
         self.model_outputs.append(prediction)
         prev_sample = solver.step(sample, self.model_outputs, index).to(model_output.dtype)
-        data = _convert(prediction, sample, solver.prediction_type, "sample", alpha, sigma).to(model_output.dtype)
+        data = solver.data(prediction, sample, index).to(model_output.dtype)
         self._step_index = index + 1
         if self._step_index == self.num_inference_steps:
             self.model_outputs = []
@@ -409,14 +408,6 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
-
-
-def _convert(output, sample, source: str, target: str, alpha: float, sigma: float) -> torch.Tensor:
-    """A prediction of one kind as another kind, in at least float32 where it has to be computed."""
-    u, w = convert_prediction(source, target, alpha, sigma)
-    if u == 0:
-        return output if w == 1 else output * w
-    return (sample.to(torch.promote_types(sample.dtype, torch.float32)) * u).add_(output, alpha=w)
 
 
 def _to_numpy(values) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.polynomial import Polynomial
 
-from .process import FRAME_PREDICTIONS
+from .process import FRAME_PREDICTIONS, convert_prediction
 
 
 ROW_SUM_TOLERANCE = 1e-6
@@ -64,10 +64,32 @@ class SearchedSolver:
     def num_steps(self) -> int:
         return len(self.timesteps)
 
-    @property
-    def prediction_type(self) -> str:
-        """What p_j is, in diffusers' words: "sample" or "flow_prediction"."""
-        return FRAME_PREDICTIONS[self.frame]
+    def prediction(
+        self, model_output: torch.Tensor, sample: torch.Tensor, index: int, prediction_type: str
+    ) -> torch.Tensor:
+        """
+        The prediction p_i of step `index` in the solver's frame.
+
+        Args:
+            model_output (`torch.Tensor`): The network's output at `timesteps[index]`.
+            sample (`torch.Tensor`): The state x_i that the network was called on.
+            index (`int`): i, 0 to N-1.
+            prediction_type (`str`): What `model_output` is, one of `process.PREDICTION_TYPES`.
+
+        Returns:
+            `torch.Tensor`: `model_output` itself if it is in the frame, otherwise a new tensor of at least float32.
+        """
+        return self._convert(model_output, sample, index, prediction_type, FRAME_PREDICTIONS[self.frame])
+
+    def data(self, prediction: torch.Tensor, sample: torch.Tensor, index: int) -> torch.Tensor:
+        """The data D that the prediction p_i of step `index` points at, given the state x_i."""
+        return self._convert(prediction, sample, index, FRAME_PREDICTIONS[self.frame], "sample")
+
+    def _convert(self, output, sample, index: int, source: str, target: str) -> torch.Tensor:
+        u, w = convert_prediction(source, target, float(self.alphas[index]), float(self.sigmas[index]))
+        if u == 0:
+            return output if w == 1 else output * w
+        return (sample.to(torch.promote_types(sample.dtype, torch.float32)) * u).add_(output, alpha=w)
 
     def step(self, sample: torch.Tensor, history: Sequence[torch.Tensor], index: int) -> torch.Tensor:
         """
@@ -117,6 +139,7 @@ class SearchedSolver:
         "DPM-Solver++", arXiv 2211.01095.
         """
         alphas, sigmas = np.asarray(alphas, np.float64), np.asarray(sigmas, np.float64)
+        _check_nodes(alphas, sigmas)
         scales, signals = _frame_scales(alphas, sigmas, frame)
         num_steps = len(timesteps)
         coefficients = np.zeros((num_steps, num_steps))
@@ -171,12 +194,15 @@ def _check(solver: SearchedSolver):
         if not np.isfinite(table).all():
             place = np.argwhere(~np.isfinite(table))[0].tolist()
             raise ValueError(f"`{name}` holds {table[tuple(place)]} at {place}, expected finite numbers.")
-    _check_nodes(solver)
+    _check_nodes(solver.alphas, solver.sigmas)
+    if (np.diff(solver.timesteps) >= 0).any() or solver.timesteps[-1] < 0:
+        raise ValueError(
+            f"`timesteps` is {solver.timesteps.tolist()}, expected strictly decreasing numbers of at least 0."
+        )
     _check_coefficients(solver)
 
 
-def _check_nodes(solver: SearchedSolver):
-    alphas, sigmas, timesteps = solver.alphas, solver.sigmas, solver.timesteps
+def _check_nodes(alphas: np.ndarray, sigmas: np.ndarray):
     for name, table, positive in (("alphas", alphas, alphas[1:]), ("sigmas", sigmas, sigmas[:-1])):
         if table.min() < 0 or positive.min() <= 0:
             raise ValueError(
@@ -187,11 +213,8 @@ def _check_nodes(solver: SearchedSolver):
     if rises.size:
         raise ValueError(
             f"The noise level sigma / alpha does not fall from node {rises[0]} to node {rises[0] + 1} of "
-            f"{solver.num_steps} steps. Nodes must run from noise to data."
+            f"{len(alphas) - 1} steps. Nodes must run from noise to data."
         )
-    rises = np.flatnonzero(np.diff(timesteps) >= 0)
-    if rises.size or timesteps[-1] < 0:
-        raise ValueError(f"`timesteps` is {timesteps.tolist()}, expected strictly decreasing numbers of at least 0.")
 
 
 def _check_coefficients(solver: SearchedSolver):

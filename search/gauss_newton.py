@@ -1,0 +1,148 @@
+"""Damped Gauss-Newton on the end-point error, from forward evaluations alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .parameters import Entry, SolverFamily
+from .rollout import Batch, Run, rollout
+
+
+DAMPING = 1e-2
+# Errors beyond this many times the median sample's count by less than their square.
+ROBUSTNESS = 4.0
+# Steps tried on one Jacobian at most, and the gain under which a new one is worth more than another step.
+MAX_TRIALS = 6
+MIN_GAIN = 0.03
+
+
+def gauss_newton_iteration(
+    family: SolverFamily, vector: np.ndarray, train: Sequence[Batch], times_only: bool
+) -> tuple[np.ndarray, float]:
+    """
+    Take one Jacobian of the end-point error and as many steps as it is good for.
+
+        step = -(J^T W J + damping * diag(J^T W J))^-1 J^T W r,     r = x_N - teacher's end point
+
+    where W weighs the samples by 1 / (1 + (e / c)^2), e a sample's error and c = 4 * the median of e: the weights of
+    the robust loss c^2 log(1 + (e / c)^2), without which a sample that ends in another mode of the distribution would
+    rule. Columns of J are difference quotients of runs that branch off at the step that feels an entry first. Each
+    trial corrects J by Broyden's rank-one update.
+
+    Args:
+        family, vector: Where to search and where to start.
+        train: Samples to fit.
+        times_only (`bool`): Whether only the node times are searched.
+
+    Returns:
+        The vector of the smallest loss, and by which share the loss fell.
+
+    Source: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", 1963; Broyden, "A class of
+    methods for solving nonlinear simultaneous equations", 1965.
+    """
+    damping = DAMPING
+    model = _LinearModel(family, vector, train, times_only)
+    first_loss = model.loss
+    for _ in range(MAX_TRIALS):
+        gain = model.try_step(model.damped_step(damping))
+        damping = 4 * damping if gain <= 0 else max(damping / 4, 1e-8)
+        if 0 < gain < MIN_GAIN:
+            break
+    return model.vector, 1 - model.loss / first_loss
+
+
+class _LinearModel:
+    """
+    r(vector + step) ~ r + J step on some batches, with the robust loss around it.
+
+    Attributes:
+        vector: Where r was taken; moves with every successful `try_step`.
+        residuals: r, one tensor (batch, elements of a sample) per batch.
+        jacobians: J, one tensor (parameters, batch, elements) per batch.
+        scale (`float`): c of the robust loss.
+    """
+
+    def __init__(self, family: SolverFamily, vector: np.ndarray, train: Sequence[Batch], times_only: bool):
+        self.family, self.vector, self.train = family, vector, train
+        entries = family.entries(vector)
+        searched = family.searched(entries, times_only)
+        chain = family.entry_jacobian(vector)[[entry.index for entry in searched]]
+        self.parameters = np.flatnonzero(chain.any(0))
+        chain = torch.from_numpy(chain[:, self.parameters])
+        solver = family.solver(entries)
+        ends, self.jacobians = [], []
+        for batch in train:
+            run = rollout(batch.field, solver)
+            columns = torch.stack([_difference_quotient(family, entries, entry, batch, run) for entry in searched])
+            self.jacobians.append(torch.einsum("ep,ebd->pbd", chain.to(columns), columns))
+            ends.append(run.end)
+        self.residuals = _residuals(ends, train)
+        self.scale = ROBUSTNESS * float(torch.cat([_mean_squares(r) for r in self.residuals]).median().sqrt())
+        self.loss = self._loss(self.residuals)
+
+    def _loss(self, residuals: list[torch.Tensor]) -> float:
+        squares = torch.cat([_mean_squares(r) for r in residuals])
+        loss = float(torch.log1p(squares / self.scale**2).mean()) * self.scale**2
+        return loss if np.isfinite(loss) else np.inf
+
+    def damped_step(self, damping: float) -> np.ndarray:
+        """The Levenberg-Marquardt step of the parameters."""
+        normal, gradient = 0.0, 0.0
+        for r, jacobian in zip(self.residuals, self.jacobians, strict=True):
+            weights = 1 / (1 + _mean_squares(r) / self.scale**2)
+            weighted = jacobian.double() * weights[:, None]
+            normal += torch.einsum("pbd,qbd->pq", weighted, jacobian.double()).cpu().numpy()
+            gradient += torch.einsum("pbd,bd->p", weighted, r.double()).cpu().numpy()
+        self._metric = np.maximum(np.diag(normal), 1e-9 * np.diag(normal).max())
+        return -np.linalg.solve(normal + damping * np.diag(self._metric), gradient)
+
+    def try_step(self, step: np.ndarray) -> float:
+        """
+        Run the solver at the end of a step, correct J by what was seen, and move there if the loss fell.
+
+        Returns:
+            `float`: By which share the loss fell; minus infinity if there is no solver or no finite loss there.
+        """
+        vector = self.vector.copy()
+        vector[self.parameters] += step
+        try:
+            solver = self.family.solver(self.family.entries(vector))
+        except ValueError:
+            return -np.inf
+        residuals = _residuals([rollout(batch.field, solver).end for batch in self.train], self.train)
+        loss = self._loss(residuals)
+        if loss == np.inf:
+            return -np.inf
+        self._broyden_update(step, residuals)
+        gain = 1 - loss / self.loss
+        if gain > 0:
+            self.vector, self.residuals, self.loss = vector, residuals, loss
+        return gain
+
+    def _broyden_update(self, step: np.ndarray, residuals: list[torch.Tensor]):
+        """J += (r_new - r - J step) m^T / (m . step), m = metric * step: the least change that explains r_new."""
+        dual = self._metric * step / (step @ (self._metric * step))
+        for old, new, jacobian in zip(self.residuals, residuals, self.jacobians, strict=True):
+            surprise = new - old - torch.einsum("p,pbd->bd", torch.from_numpy(step).to(jacobian), jacobian)
+            jacobian += torch.from_numpy(dual).to(jacobian)[:, None, None] * surprise
+
+
+def _residuals(ends: Sequence[torch.Tensor], batches: Sequence[Batch]) -> list[torch.Tensor]:
+    return [(end - batch.target).flatten(1) for end, batch in zip(ends, batches, strict=True)]
+
+
+def _mean_squares(residuals: torch.Tensor) -> torch.Tensor:
+    """e^2 of each sample, float64."""
+    return residuals.double().square().mean(1)
+
+
+def _difference_quotient(
+    family: SolverFamily, entries: np.ndarray, entry: Entry, batch: Batch, run: Run
+) -> torch.Tensor:
+    """d x_N / d entry, shape (batch, elements of a sample)."""
+    changed = entries.copy()
+    changed[entry.index] += entry.change
+    branch = Run(run.states[: entry.step + 1], run.history[: entry.known])
+    end = rollout(batch.field, family.solver(changed), branch).end
+    return ((end - run.end) / entry.change).flatten(1)

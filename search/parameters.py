@@ -1,0 +1,121 @@
+"""What a search may change: node times, coefficients on top of classical ones that follow the nodes, network times."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffusers_searched_solver import NoiseProcess, SearchedSolver
+
+
+FRAME = "velocity"
+# A first node at the very beginning of the process would be a gap of zero, whose logarithm is minus infinity.
+SMALLEST_GAP = 0.02
+
+
+@dataclass(frozen=True)
+class Entry:
+    """
+    One number of a table, and where a run feels it first.
+
+    Args:
+        index (`int`): Its place among the entries.
+        step (`int`): The first step whose outcome depends on it.
+        known (`int`): How many predictions do not depend on it: p_0 ... p_(known-1).
+        change (`float`): A change that is small, but large against rounding.
+    """
+
+    index: int
+    step: int
+    known: int
+    change: float
+
+
+class SolverFamily:
+    """
+    Solvers of N steps in the velocity frame, as a vector without constraints.
+
+        entries = (d, tau, o):  nodes at the times tau,  timesteps = tau + o,  coefficients = AB(nodes) + d
+        vector  = (d, z, o):    tau_i = T * sum_{k > i} g_k,  g = softmax(z),  k = 0 ... N
+
+    where AB is the Adams-Bashforth table of the nodes. Because it follows them, moving a node is worth about what it
+    would be worth in a classical solver, instead of spoiling coefficients that were made for other nodes (Zaluzhny et
+    al., "GAS", arXiv 2510.17699, found this of corrections to DPM-Solver++). Row sums are free.
+
+    A flow-matching run begins at pure noise whatever the first network time. If the network predicts velocities, the
+    nodes matter only through the coefficients and d already frees those, so o would be redundant and stays 0.
+
+    Args:
+        process (`NoiseProcess`): T is its `max_timestep`.
+        num_steps (`int`): N.
+        order (`int`): Of the Adams-Bashforth table.
+        offsets (`bool`): Whether o is searched.
+
+    Source: for searched coefficients and step sizes by softmax, Wang et al., arXiv 2505.21114.
+    """
+
+    def __init__(self, process: NoiseProcess, num_steps: int, order: int, offsets: bool):
+        self.process, self.num_steps, self.order, self.offsets = process, num_steps, order, offsets
+        self.rows, self.columns = np.tril_indices(num_steps)
+        self._splits = [len(self.rows), len(self.rows) + num_steps]
+
+    def vector(self, timesteps: np.ndarray) -> np.ndarray:
+        """The classical solver on a grid; gaps under 2 % of T are widened."""
+        bounds = np.concatenate([[self.process.max_timestep], timesteps, [0]]) / self.process.max_timestep
+        gaps = np.maximum(-np.diff(bounds), SMALLEST_GAP)
+        return np.concatenate([np.zeros(len(self.rows)), np.log(gaps / gaps.sum()), np.zeros(self.num_steps)])
+
+    def entries(self, vector: np.ndarray) -> np.ndarray:
+        """(d, tau, o) of a vector."""
+        d, z, o = np.split(vector, [self._splits[0], self._splits[1] + 1])
+        tau = self.process.max_timestep * (1 - np.cumsum(_softmax(z))[:-1])
+        return np.concatenate([d, tau, o])
+
+    def entry_jacobian(self, vector: np.ndarray) -> np.ndarray:
+        """d entries / d vector."""
+        n, k = self.num_steps, self._splits[0]
+        gaps = _softmax(vector[k : k + n + 1])
+        below = np.arange(n + 1)[None, :] > np.arange(n)[:, None]
+        jacobian = np.zeros((k + 2 * n, k + 2 * n + 1))
+        jacobian[:k, :k] = np.eye(k)
+        jacobian[k : k + n, k : k + n + 1] = (
+            self.process.max_timestep * gaps * (below - (below * gaps).sum(1, keepdims=True))
+        )
+        jacobian[k + n :, k + n + 1 :] = np.eye(n)
+        return jacobian
+
+    def solver(self, entries: np.ndarray) -> SearchedSolver:
+        """
+        The solver of some entries.
+
+        Raises:
+            ValueError: If they are none, for instance because two timesteps change places.
+        """
+        d, tau, o = np.split(entries, self._splits)
+        alphas, sigmas = self.process.alpha_sigma(tau)
+        if self.process.kind == "flow_matching":
+            alphas[0], sigmas[0] = 0.0, 1.0
+        alphas, sigmas = np.append(alphas, 1.0), np.append(sigmas, 0.0)
+        classical = SearchedSolver.adams_bashforth(tau, alphas, sigmas, FRAME, self.order)
+        coefficients = np.array(classical.coefficients)
+        coefficients[self.rows, self.columns] += d
+        return SearchedSolver(tau + o, alphas, sigmas, coefficients, FRAME, consistent=False)
+
+    def searched(self, entries: np.ndarray, times_only: bool) -> list[Entry]:
+        """The entries that a search changes: the node times only, or everything."""
+        tau = np.split(entries, self._splits)[1]
+        moves = -0.05 * (tau - np.append(tau[1:], 0))
+        first = self._splits[0]
+        # Node i is where step i - 1 ends.
+        nodes = [Entry(first + i, max(i - 1, 0), i, moves[i]) for i in range(self.num_steps)]
+        if times_only:
+            return nodes
+        coefficients = [Entry(k, int(i), int(i) + 1, 0.02) for k, i in enumerate(self.rows)]
+        if not self.offsets:
+            return coefficients + nodes
+        offsets = [Entry(self._splits[1] + i, i, i, moves[i]) for i in range(self.num_steps)]
+        return coefficients + nodes + offsets
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits - logits.max())
+    return exponentials / exponentials.sum()

@@ -1,0 +1,74 @@
+"""Runs of a solver over a field, from any step on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from diffusers_searched_solver import SearchedSolver
+
+from .field import PipelineField
+
+
+@dataclass(frozen=True)
+class Batch:
+    """
+    Samples whose end point the teacher has shown.
+
+    Args:
+        field: The pipeline's predictions for these samples; `field.noise` is where they begin.
+        target (`torch.Tensor`): Where the teacher ends, of `field.noise`'s shape, at least float32.
+    """
+
+    field: PipelineField
+    target: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A run of a solver: `states` x_0 ... x_N and `history`, the predictions p_0 ... p_(N-1) in the solver's frame.
+    """
+
+    states: list[torch.Tensor]
+    history: list[torch.Tensor]
+
+    @property
+    def end(self) -> torch.Tensor:
+        return self.states[-1]
+
+
+def rollout(field: PipelineField, solver: SearchedSolver, prefix: Run | None = None) -> Run:
+    """
+    Run a solver from the field's noise, or go on from the beginning of another run.
+
+    Args:
+        prefix (*optional*): States x_0 ... x_i and predictions p_0 ... p_(i-1), or also p_i, which then is not
+            evaluated again.
+
+    Returns:
+        `Run`: States are kept in at least float32; the field casts them for the network as a pipeline's run does.
+    """
+    states = [field.noise] if prefix is None else list(prefix.states)
+    history = [] if prefix is None else list(prefix.history)
+    for i in range(len(states) - 1, solver.num_steps):
+        if len(history) == i:
+            output = field(states[i], solver.timesteps[i])
+            history.append(solver.prediction(output, states[i], i, field.prediction_type))
+        states.append(solver.step(states[i], history[: i + 1], i))
+    return Run(states, history)
+
+
+def sample_errors(end: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Root mean square distance of each sample to its target, shape (batch,), float64."""
+    return (end - target).double().flatten(1).square().mean(1).sqrt()
+
+
+def endpoint_errors(batches: Sequence[Batch], solver: SearchedSolver) -> torch.Tensor:
+    """The error of every sample, one after another."""
+    return torch.cat([sample_errors(rollout(batch.field, solver).end, batch.target) for batch in batches])
+
+
+def root_mean_square(errors: torch.Tensor) -> float:
+    """The `endpoint_error` of many samples from each one's."""
+    return float(errors.square().mean().sqrt())
