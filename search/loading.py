@@ -1,0 +1,91 @@
+"""From command-line words to a pipeline and its conditions."""
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_searched_solver import pipelines
+
+
+HUB_NAMES = {"DiT-XL-2-256": "facebook/DiT-XL-2-256", "DiT-XL-2-512": "facebook/DiT-XL-2-512"}
+
+
+def load_pipeline(name: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+    """
+    Load a pipeline.
+
+    Args:
+        name: A local folder, a short name of `HUB_NAMES`, or a Hub repository.
+        dtype: Of the networks.
+        device: Where they go.
+
+    Raises:
+        ValueError: If there is no such pipeline.
+    """
+    source = name if os.path.isdir(name) else HUB_NAMES.get(name, name)
+    try:
+        class_name = DiffusionPipeline.load_config(source).get("_class_name", "")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no pipeline '{name}': it is not a folder with a 'model_index.json', not one of "
+            f"{', '.join(HUB_NAMES)}, and as a Hub repository it could not be read ({str(error).splitlines()[0]}). "
+            "Check the spelling, or the connection."
+        ) from error
+    cls = getattr(pipelines, str(class_name), DiffusionPipeline)
+    return cls.from_pretrained(source, dtype=dtype).to(device)
+
+
+def build_conditions(
+    pipe: DiffusionPipeline,
+    class_labels: Sequence[str] | None,
+    prompts: Sequence[str] | None,
+    guidance_scale: float | None,
+    call_kwargs: Mapping,
+) -> list[dict]:
+    """
+    Keyword arguments of the calls that make one sample each.
+
+    Args:
+        class_labels: Ids or names that the pipeline knows; by default all of them, if it takes class labels.
+        prompts: Prompts.
+        guidance_scale: By default the pipeline's own.
+        call_kwargs: Further arguments of every call.
+
+    Raises:
+        ValueError: If the pipeline takes no such argument, or needs one that is not given.
+    """
+    common = dict(call_kwargs) | ({} if guidance_scale is None else {"guidance_scale": guidance_scale})
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for key in [*common, *(["class_labels"] if class_labels else []), *(["prompt"] if prompts else [])]:
+        if key not in parameters:
+            raise ValueError(
+                f"{type(pipe).__name__} takes no `{key}`. It takes {', '.join(list(parameters)[1:])}; leave the "
+                "option out, or pass others with --call-kwargs."
+            )
+    if class_labels is None and prompts is None and "class_labels" in parameters and "class_labels" not in common:
+        class_labels = [str(index) for index in _all_labels(pipe)]
+    varied = [{"class_labels": [_label_id(pipe, label)]} for label in class_labels or ()]
+    varied += [{"prompt": prompt} for prompt in prompts or ()]
+    return [{**common, **condition} for condition in varied or [{}]]
+
+
+def _all_labels(pipe: DiffusionPipeline) -> list[int]:
+    labels = sorted(set(getattr(pipe, "labels", {}).values()))
+    if not labels:
+        raise ValueError(
+            f"{type(pipe).__name__} takes `class_labels` but does not say which there are. Pass --class-labels."
+        )
+    return labels
+
+
+def _label_id(pipe: DiffusionPipeline, label: str) -> int:
+    if label.isdecimal():
+        return int(label)
+    labels = getattr(pipe, "labels", {})
+    if label not in labels:
+        known = ", ".join(list(labels)[:10]) or "none by name"
+        raise ValueError(f"There is no class '{label}'; the pipeline knows {known}. Pass one of these, or ids.")
+    return labels[label]
