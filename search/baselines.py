@@ -25,12 +25,13 @@ VARIANCE_PRESERVING_GRIDS = tuple(itertools.product((0.35, 0.5, 0.7, 1.0, 1.5), 
 
 
 def classical_solvers(process: NoiseProcess, num_steps: int) -> dict[str, SearchedSolver]:
-    """Adams-Bashforth tables of order 1 to 4, in both frames and on many grids, by name."""
+    """Adams-Bashforth tables of order 1 to 4 on many grids, by name."""
     flow = process.kind == "flow_matching"
     solvers = {}
     for shift, start in [(shift, 1.0) for shift in FLOW_SHIFTS] if flow else VARIANCE_PRESERVING_GRIDS:
         grid = time_grid(process, num_steps, shift, start)
-        for frame, order in itertools.product(("velocity", "data"), (1, 2, 3, 4)):
+        # Order 1 is the same solver in both frames; beyond 2, data frames lose.
+        for frame, order in (("velocity", 1), ("velocity", 2), ("velocity", 3), ("velocity", 4), ("data", 2)):
             name = f"AB{order}, {frame}, shift {shift:g}" + ("" if start == 1 else f" from {start:g}")
             solvers[name] = SearchedSolver.adams_bashforth(*grid, frame, order)
     return solvers

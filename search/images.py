@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 
 MIN_TILE = 64
-LABEL_WIDTH = 230
+LABEL_WIDTH = 330
+ERROR_GAIN = 8
 BACKGROUND, INK = (255, 255, 255), (20, 20, 20)
 
 
@@ -35,6 +36,14 @@ def sample_images(
     if not isinstance(images, list) or not all(isinstance(image, Image.Image) for image in images):
         raise TypeError(f"{type(pipe).__name__} does not make images with these arguments; there is nothing to draw.")
     return images
+
+
+def error_images(images: Sequence[Image.Image], goals: Sequence[Image.Image]) -> list[Image.Image]:
+    """The absolute difference of each image to its goal, `ERROR_GAIN` times as bright."""
+    return [
+        ImageChops.difference(image, goal).point(lambda value: min(255, ERROR_GAIN * value))
+        for image, goal in zip(images, goals, strict=True)
+    ]
 
 
 def image_grid(rows: Mapping[str, Sequence[Image.Image]]) -> Image.Image:

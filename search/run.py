@@ -27,7 +27,7 @@ from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, S
 from search.baselines import diffusers_schedulers
 from search.evaluate import compare, format_table, is_diffusers_scheduler
 from search.field import FieldError, NetworkCalls
-from search.images import image_grid, sample_images
+from search.images import ERROR_GAIN, error_images, image_grid, sample_images
 from search.loading import HUB_NAMES, build_conditions, load_pipeline
 from search.strategy import (
     BATCH_SIZE,
@@ -197,7 +197,7 @@ def _scheduler(pipe: DiffusionPipeline, solvers: dict[int, SearchedSolver], repo
 
 
 def _save_images(pipe, scheduler, conditions, tables, args, folder: Path):
-    """The grid: teacher, then for each step count the best of diffusers' schedulers and the searched solver."""
+    """The grid: the teacher, then the best of diffusers' schedulers and the searched solver with their errors."""
     count = min(GRID_SAMPLES, len(conditions)) if len(conditions) > 1 else 1
     seeds = split_seeds(args.seed, EVALUATION_SEEDS, count)
     teacher = teacher_solver(scheduler.process, EVALUATION_TEACHER * args.teacher_steps)
@@ -208,12 +208,15 @@ def _save_images(pipe, scheduler, conditions, tables, args, folder: Path):
 
     own = SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=teacher)
     try:
-        rows = {f"teacher, {teacher.num_steps} steps": draw(own, teacher.num_steps)}
+        goal = draw(own, teacher.num_steps)
+        rows = {f"teacher, {teacher.num_steps} steps": goal}
         for num_steps, table in tables.items():
             best = next(row for row in table if is_diffusers_scheduler(row))
             baseline = diffusers_schedulers(pipe.scheduler.config)[best["solver"]][best["setting"]]
-            rows[f"{best['solver']}, {num_steps} steps"] = draw(baseline, num_steps)
-            rows[f"searched, {num_steps} steps"] = draw(scheduler, num_steps)
+            for name, contender in ((best["solver"], baseline), ("searched", scheduler)):
+                images = draw(contender, num_steps)
+                rows[f"{name}, {num_steps} steps"] = images
+                rows[f"  its error x {ERROR_GAIN}, {num_steps} steps, {name}"] = error_images(images, goal)
     except TypeError as error:
         print(f"No images.png: {error}")
         return

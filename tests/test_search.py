@@ -1,0 +1,312 @@
+"""The search, on the shipped pipelines: real diffusers pipelines with trained networks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTPipeline
+from PIL import Image
+
+from diffusers_searched_solver import SearchedSolverScheduler, time_grid
+from diffusers_searched_solver.pipelines import SiTPipeline
+from search import search_solver
+from search.baselines import run_scheduler
+from search.evaluate import compare
+from search.field import FieldError, NetworkCalls, PipelineField, merge_conditions
+from search.loading import build_conditions, load_pipeline
+from search.parameters import SolverFamily
+from search.rollout import Run, endpoint_errors, rollout, root_mean_square
+from search.strategy import EVALUATION_SEEDS, split_seeds
+from search.teacher import make_batches, teacher_solver
+
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module", params=[("digits-dit", DiTPipeline), ("digits-sit", SiTPipeline)], ids=lambda p: p[0])
+def pipe(request):
+    name, cls = request.param
+    return cls.from_pretrained(EXAMPLES / name)
+
+
+@pytest.fixture()
+def calls(pipe):
+    counter = NetworkCalls(pipe)
+    yield counter
+    counter.remove()
+
+
+def conditions(guidance_scale=2.0):
+    return [{"class_labels": [k], "guidance_scale": guidance_scale} for k in range(10)]
+
+
+def pipeline_end(pipe, scheduler, kwargs, seeds, num_steps):
+    """The last state of an ordinary call of the pipeline."""
+    ends = []
+    original, own = scheduler.step, pipe.scheduler
+
+    def step(*args, **kwargs):
+        result = original(*args, **kwargs)
+        ends.append(result[0] if isinstance(result, tuple) else result.prev_sample)
+        return result
+
+    scheduler.step = step
+    pipe.scheduler = scheduler
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        pipe(**kwargs, generator=[torch.Generator().manual_seed(s) for s in seeds], num_inference_steps=num_steps)
+    finally:
+        pipe.scheduler = own
+        del scheduler.step
+    assert len(ends) == num_steps
+    return ends[-1]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_loop_over_the_field_is_the_pipelines_own_run_bit_for_bit(pipe, calls, guidance_scale):
+    kwargs, seeds = {"class_labels": [3, 8], "guidance_scale": guidance_scale}, [5, 6]
+    field = PipelineField(pipe, kwargs, seeds, calls)
+    solver = teacher_solver(field.process, 7)
+    scheduler = SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=solver)
+    expected = pipeline_end(pipe, scheduler, kwargs, seeds, 7)
+    assert torch.equal(rollout(field, solver).end, expected)
+    assert torch.equal(run_scheduler(field, scheduler, 7), expected)
+
+
+def test_two_fields_of_one_pipeline_do_not_disturb_each_other_or_the_pipeline(pipe, calls):
+    before = dict(vars(pipe))
+    one = PipelineField(pipe, {"class_labels": [1], "guidance_scale": 1.0}, [0], calls)
+    other = PipelineField(pipe, {"class_labels": [1], "guidance_scale": 4.0}, [0], calls)
+    alone = one(one.noise, 500.0)
+    other(other.noise, 400.0)
+    assert torch.equal(one(one.noise, 500.0), alone)
+    assert not torch.equal(other(other.noise, 500.0)[:1], alone)
+    assert vars(pipe) == before
+    assert torch.is_grad_enabled()
+
+
+def test_network_calls_count_samples_with_guidance(pipe, calls):
+    field = PipelineField(pipe, {"class_labels": [1, 2, 3], "guidance_scale": 2.0}, [0, 1, 2], calls)
+    opening = calls.count
+    field(field.noise, 500.0)
+    assert (opening, calls.count) == (6, 12)
+
+
+def test_a_field_outlives_the_evaluations_of_one_pipeline_call(pipe, calls, monkeypatch):
+    monkeypatch.setattr("search.field.EVALUATIONS_PER_CALL", 3)
+    field = PipelineField(pipe, {"class_labels": [1]}, [0], calls)
+    outputs = [field(field.noise, 500.0) for _ in range(7)]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_samples_do_not_depend_on_how_they_are_batched(pipe, calls):
+    together = make_batches(pipe, conditions(), [0, 1, 2], 3, 12, calls)
+    apart = make_batches(pipe, conditions(), [0, 1, 2], 1, 12, calls)
+    assert [len(together), len(apart)] == [1, 3]
+    noise = torch.cat([batch.field.noise[:1] for batch in apart])
+    assert torch.equal(together[0].field.noise[:3], noise)
+
+
+def test_a_run_that_goes_on_from_a_prefix_is_the_whole_run(pipe, calls):
+    field = PipelineField(pipe, {"class_labels": [1, 7]}, [0, 1], calls)
+    solver = teacher_solver(field.process, 6)
+    run = rollout(field, solver)
+    before = calls.count
+    branch = rollout(field, solver, Run(run.states[:4], run.history[:4]))
+    assert torch.equal(branch.end, run.end)
+    # Two steps are left, of two samples, with guidance.
+    assert calls.count - before == 2 * 2 * 2
+
+
+def test_the_entry_jacobian_is_the_derivative_of_the_entries(pipe):
+    process = SearchedSolverScheduler.from_config(pipe.scheduler.config).process
+    family = SolverFamily(process, 4, order=3, offsets=True)
+    vector = family.vector(time_grid(process, 4)[0]) + 0.1 * np.sin(np.arange(19))
+    analytic = family.entry_jacobian(vector)
+    h = 1e-6
+    for k, unit in enumerate(np.eye(len(vector))):
+        quotient = (family.entries(vector + h * unit) - family.entries(vector - h * unit)) / (2 * h)
+        np.testing.assert_allclose(analytic[:, k], quotient, atol=1e-5)
+
+
+def test_a_branch_feels_an_entry_no_earlier_than_its_family_says(pipe):
+    """Every table before the step that an entry names stays as it is, so restarting there loses nothing."""
+    process = SearchedSolverScheduler.from_config(pipe.scheduler.config).process
+    family = SolverFamily(process, 5, order=3, offsets=True)
+    entries = family.entries(family.vector(time_grid(process, 5)[0]))
+    base = family.solver(entries)
+    for entry in family.searched(entries, times_only=False):
+        changed = entries.copy()
+        changed[entry.index] += entry.change
+        solver = family.solver(changed)
+        assert solver._weights[: entry.step] == base._weights[: entry.step]
+        assert np.array_equal(solver.timesteps[: entry.known], base.timesteps[: entry.known])
+        # A known prediction is converted at its node.
+        assert np.array_equal(solver.sigmas[: entry.known], base.sigmas[: entry.known])
+        assert solver._weights != base._weights or not np.array_equal(solver.timesteps, base.timesteps)
+
+
+def test_the_searched_solver_halves_the_error_of_every_baseline_on_other_noises(pipe, calls):
+    solver = search_solver(pipe, num_steps=5, conditions=conditions(), num_samples=16, seed=0)
+    tuning = make_batches(pipe, conditions(), split_seeds(7, 0, 16), 16, 64, calls)
+    evaluation = make_batches(pipe, conditions(), split_seeds(0, EVALUATION_SEEDS, 128), 32, 128, calls)
+    searched, *baselines = compare(solver, pipe.scheduler.config, tuning, evaluation)
+    assert searched["solver"] == "searched"
+    assert len(baselines) >= 8
+    # The bound is the project's own for classical tables; for diffusers' schedulers it is 0.5.
+    for row in baselines:
+        assert row["ratio"] < (0.6 if row["solver"] == "classical table" else 0.5), row
+        assert row["ratio_interval"][0] <= row["ratio"] <= row["ratio_interval"][1]
+
+
+def test_the_teacher_is_far_more_accurate_than_any_few_step_solver(pipe, calls):
+    batches = make_batches(pipe, conditions(), list(range(8)), 8, 512, calls)
+    teacher = root_mean_square(endpoint_errors(batches, teacher_solver(batches[0].field.process, 64)))
+    few = root_mean_square(endpoint_errors(batches, teacher_solver(batches[0].field.process, 10)))
+    assert teacher < 0.1 * few
+
+
+def test_the_same_seed_gives_the_same_solver(pipe):
+    first, second = (search_solver(pipe, 3, conditions(1.0), num_samples=4, seed=3, teacher_steps=8) for _ in range(2))
+    assert np.array_equal(first.coefficients, second.coefficients)
+    assert np.array_equal(first.timesteps, second.timesteps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 0}, "`num_samples` is 0, expected at least 1"),
+        ({"num_steps": 1}, "`num_steps` is 1, expected at least 2"),
+        ({"conditions": []}, "`conditions` is empty"),
+        ({"teacher_steps": 9}, "`teacher_steps` is 9, expected at least 10"),
+        ({"fitter": "guess"}, "`fitter` is 'guess', expected one of gauss-newton"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_settings_out_of_range_are_refused(pipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        search_solver(**{"pipe": pipe, "num_steps": 5, "conditions": conditions(), **changes})
+
+
+def test_a_failing_pipeline_call_is_reported_with_its_arguments_and_leaves_the_pipeline_as_it_was(pipe, calls):
+    before = dict(vars(pipe))
+    with pytest.raises(FieldError, match=r"The call of \w+ with class_labels=\['no such', 2\]"):
+        PipelineField(pipe, {"class_labels": ["no such", 2]}, [0, 1], calls)
+    assert vars(pipe) == before
+
+
+def test_a_network_that_gives_nan_is_reported(pipe, calls):
+    def spoil(module, args, output):
+        return (
+            (output[0] * float("nan"),) if isinstance(output, tuple) else type(output)(sample=output[0] * float("nan"))
+        )
+
+    handle = pipe.transformer.register_forward_hook(spoil)
+    try:
+        with pytest.raises(ValueError, match="The teacher's end point for seeds .* is not finite"):
+            make_batches(pipe, conditions(), [0], 1, 8, calls)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "merged"),
+    [
+        (
+            {"prompt": "a", "guidance_scale": 2},
+            {"prompt": "b", "guidance_scale": 2},
+            {"prompt": ["a", "b"], "guidance_scale": 2},
+        ),
+        ({"prompt": "a"}, {"prompt": "a"}, {"prompt": ["a", "a"]}),
+        ({"class_labels": [1, 2]}, {"class_labels": [3]}, {"class_labels": [1, 2, 3]}),
+        ({"guidance_scale": 2}, {"guidance_scale": 3}, None),
+        ({"prompt": "a"}, {"class_labels": [1]}, None),
+    ],
+    ids=["prompts", "equal prompts", "labels", "other scalars", "other arguments"],
+)
+def test_conditions_share_a_call_only_if_one_call_can_make_both(first, second, merged):
+    assert merge_conditions(first, second) == merged
+
+
+def test_prompt_embeddings_are_joined_along_the_batch():
+    merged = merge_conditions({"prompt_embeds": torch.ones(1, 2)}, {"prompt_embeds": torch.zeros(1, 2)})
+    assert merged["prompt_embeds"].tolist() == [[1, 1], [0, 0]]
+
+
+def test_all_class_labels_are_searched_by_default(pipe):
+    assert build_conditions(pipe, None, None, 1.5, {}) == [
+        {"guidance_scale": 1.5, "class_labels": [k]} for k in range(10)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["cat"], None, None, {}), "There is no class 'cat'"),
+        ((None, ["a cat"], None, {}), "takes no `prompt`"),
+        ((None, None, None, {"strength": 1}), "takes no `strength`"),
+    ],
+    ids=["label", "prompt", "argument"],
+)
+def test_conditions_that_the_pipeline_does_not_know_are_refused(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_conditions(pipe, *arguments)
+
+
+def test_an_unknown_pipeline_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="There is no pipeline 'no/such'"):
+        load_pipeline("no/such", torch.float32, torch.device("cpu"))
+
+
+def run_py(*arguments, cwd=ROOT):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "search/run.py")]
+    return subprocess.run([*command, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", ["digits-dit", "digits-sit"])
+def test_accelerate_launch_writes_what_from_pretrained_loads(tmp_path, name):
+    out = tmp_path / "out"
+    options = ["--num-steps", 3, 4, "--num-samples", 4, "--num-eval-samples", 8, "--teacher-steps", 12, "--seed", 1]
+    result = run_py("--pipeline", EXAMPLES / name, "--output-dir", out, "--guidance-scale", 2, *options)
+    assert result.returncode == 0, result.stderr
+    assert "searched / this" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {
+        "images.png",
+        "report.json",
+        "scheduler_config.json",
+        "solver/searched_solver.safetensors",
+    }
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["evaluation"]["results"]) == {"3", "4"}
+    assert report["search"]["cost_with_teacher"]["3"]["network_calls"] > report["search"]["teacher_network_calls"] > 0
+    assert Image.open(out / "images.png").width > 300
+    pipe = load_pipeline(str(EXAMPLES / name), torch.float32, torch.device("cpu"))
+    pipe.scheduler = SearchedSolverScheduler.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(class_labels=[3], num_inference_steps=4).images[0]
+    assert np.asarray(image).std() > 20
+    with pytest.raises(ValueError, match="No solver for 7 steps: this scheduler has 3 and 4"):
+        pipe(class_labels=[3], num_inference_steps=7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-samples", "0"], "`num_samples` is 0, expected at least 1"),
+        (["--call-kwargs", '{"guidance_scale": "high"}'], "The call of SiTPipeline with guidance_scale=high"),
+        (["--call-kwargs", "[1]"], "expected a JSON object"),
+    ],
+    ids=["no samples", "failing call", "odd json"],
+)
+def test_a_search_that_cannot_run_says_why_and_writes_nothing(tmp_path, options, message):
+    result = run_py("--pipeline", EXAMPLES / "digits-sit", "--output-dir", tmp_path / "out", *options)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
