@@ -250,7 +250,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _classical_on(self, timesteps, sigmas) -> SearchedSolver:
         if self.solver_file is not None:
-            logger.warning_once(
+            self._warn_once(
                 "An explicit schedule was passed, which the searched solver does not have: a classical second-order "
                 "multistep solver runs on it. Pass only `num_inference_steps` to use the searched one."
             )
@@ -265,6 +265,11 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         timesteps = _to_numpy(timesteps)
         alphas, sigmas = self.process.alpha_sigma(timesteps)
         return _second_order(timesteps, np.append(alphas, 1.0), np.append(sigmas, 0.0))
+
+    def _warn_once(self, message: str):
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
 
     def set_begin_index(self, begin_index: int = 0):
         """Start the next run at this step, as image-to-image pipelines do."""
@@ -317,7 +322,8 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         Advance the sample by one step.
 
         Args:
-            model_output (`torch.Tensor`): The network's output (after guidance), of the config's `prediction_type`.
+            model_output (`torch.Tensor`): The network's output (after guidance), of the config's `prediction_type`. A
+                learned variance behind it is dropped if the config's `variance_type` says that there is one.
             timestep: The element of `timesteps` that the network was called with; it tells where a run begins.
             sample (`torch.Tensor`): The state the network was called on, of the output's shape.
             eta, use_clipped_model_output, generator, per_token_timesteps: Accepted because pipelines pass them. The
@@ -334,6 +340,8 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             NotImplementedError: If noise or per-token times are asked for.
         """
         index = self._next_index(timestep)
+        if self.config.variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output.chunk(2, dim=1)[0]
         if model_output.shape != sample.shape:
             raise ValueError(
                 f"`model_output` has shape {tuple(model_output.shape)}, `sample` {tuple(sample.shape)}; expected the "
