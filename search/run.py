@@ -190,7 +190,6 @@ def _scheduler(pipe: DiffusionPipeline, solvers: dict[int, SearchedSolver], repo
         "teacher": f"{report['search']['teacher_steps']} steps of Adams-Bashforth 3",
         "objective": "endpoint_error",
         "endpoint_errors": json.dumps(errors),
-        "command": report["command"],
     }
     file = SolverFile(solvers, own.process, own.config.prediction_type, provenance)
     return SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=file)
