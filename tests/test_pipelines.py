@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import BUILDERS, NUM_STEPS, OWN_SCHEDULE, build
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, time_grid
@@ -175,3 +176,45 @@ def test_a_pipeline_gives_the_same_image_again_also_after_an_interrupted_call(ca
             call(case, interrupt_at=mid_way, seed=1)
     third, _ = call(case)
     assert torch.equal(first, third)
+
+
+@pytest.mark.parametrize("name", OWN_SCHEDULE)
+def test_a_pipeline_with_a_schedule_of_its_own_gets_the_classical_solver_on_its_nodes_and_one_warning(name, caplog):
+    """LTX-Condition wants linear-quadratic times, CogView4 shifts the noise levels but not the times."""
+    case = build(name)
+    scheduler = attach(case)
+    wishes = []
+    set_timesteps = scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)
+    def recording_set_timesteps(*args, **kwargs):
+        wishes.append((args, kwargs))
+        return set_timesteps(*args, **kwargs)
+
+    scheduler.set_timesteps = recording_set_timesteps
+
+    image, recording = call(case)
+    again, _ = call(case)
+    assert torch.isfinite(image).all()
+    assert torch.equal(image, again)
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "An explicit schedule was passed, which the searched solver does not have"
+    ]
+
+    nodes = FlowMatchEulerDiscreteScheduler.from_config(case.config)
+    args, kwargs = wishes[0]
+    nodes.set_timesteps(*args, **kwargs)
+    assert recording.network_calls == case.calls_per_step * NUM_STEPS
+    torch.testing.assert_close(torch.tensor(recording.timesteps), nodes.timesteps, rtol=1e-6, atol=0)
+    states, velocities = [], []
+    x = recording.samples[0].double()
+    for i, (step, previous_step) in enumerate(
+        zip(nodes.sigmas.double().diff(), [None, *nodes.sigmas.double().diff()], strict=False)
+    ):
+        if case.blends:
+            x = recording.samples[i].double()
+        velocities.append(case.sign * recording.outputs[i].double())
+        slope = 0 if i == 0 else (velocities[i] - velocities[i - 1]) / previous_step
+        x = x + step * (velocities[i] + step / 2 * slope)
+        states.append(x)
+    assert_same_states(recording.next_samples, states)

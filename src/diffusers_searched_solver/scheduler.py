@@ -326,9 +326,11 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
                 learned variance behind it is dropped if the config's `variance_type` says that there is one.
             timestep: The element of `timesteps` that the network was called with; it tells where a run begins.
             sample (`torch.Tensor`): The state the network was called on, of the output's shape.
-            eta, use_clipped_model_output, generator, per_token_timesteps: Accepted because pipelines pass them. The
-                solver is deterministic, so only their neutral values are possible for `eta` and
-                `per_token_timesteps`.
+            eta, use_clipped_model_output, generator: Accepted because pipelines pass them. The solver is
+                deterministic, so `eta` must be 0.
+            per_token_timesteps (*optional*): Says, as in [`FlowMatchEulerDiscreteScheduler`], that `model_output` is
+                data minus noise. All tokens advance together; pipelines that condition on clean tokens put those
+                back after the step.
             return_dict (`bool`): Whether to return a [`SearchedSolverSchedulerOutput`] rather than a tuple.
 
         Returns:
@@ -337,7 +339,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             RuntimeError: Before `set_timesteps`, or after the last step.
             ValueError: If shapes differ.
-            NotImplementedError: If noise or per-token times are asked for.
+            NotImplementedError: If noise is asked for.
         """
         index = self._next_index(timestep)
         if self.config.variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
@@ -347,11 +349,10 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
                 f"`model_output` has shape {tuple(model_output.shape)}, `sample` {tuple(sample.shape)}; expected the "
                 "same. Drop the learned variance from the output if the network predicts one."
             )
-        if eta or per_token_timesteps is not None:
-            raise NotImplementedError(
-                "A searched solver is deterministic and has one time for all tokens. Call the pipeline without `eta` "
-                "and `per_token_timesteps`."
-            )
+        if eta:
+            raise NotImplementedError("A searched solver is deterministic. Call the pipeline without `eta`.")
+        if per_token_timesteps is not None:
+            model_output = -model_output
         solver = self._solver
         prediction = solver.prediction(model_output, sample, index, self.config.prediction_type)
         self.model_outputs.append(prediction)
