@@ -92,6 +92,10 @@ class VariancePreserving:
     kind = "variance_preserving"
 
     @cached_property
+    def betas(self) -> np.ndarray:
+        return DDPMScheduler(**asdict(self)).betas.numpy()
+
+    @cached_property
     def alphas_cumprod(self) -> np.ndarray:
         table = DDPMScheduler(**asdict(self)).alphas_cumprod.double().numpy()
         # The last entry of a rescaled schedule is zero; diffusers' solvers put 2^-24 in its place.

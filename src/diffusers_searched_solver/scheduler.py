@@ -11,11 +11,11 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .process import prediction_type_from_config, process_from_config, time_grid
-from .serialization import SOLVER_FILE, SolverFile, load_solver_file, save_solver_file
+from .serialization import SOLVER_FILE, SolverFile, SolverFileError, load_solver_file, save_solver_file
 from .solver import SearchedSolver
 
 
@@ -66,7 +66,9 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
     Source: Wang et al., "Differentiable Solver Search for Fast Diffusion Sampling", arXiv 2505.21114.
     """
 
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers] + [
+    # Not EDMEulerScheduler: its config describes another noise process.
+    _compatibles = [
+        *(scheduler.name for scheduler in KarrasDiffusionSchedulers if scheduler.name != "EDMEulerScheduler"),
         "FlowMatchEulerDiscreteScheduler",
         "FlowMatchHeunDiscreteScheduler",
     ]
@@ -97,10 +99,17 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.from_numpy(np.arange(num_train_timesteps)[::-1].copy()).float()
         self.sigmas = torch.from_numpy(self.process.alpha_sigma(self.timesteps.numpy())[1]).float()
         if self.process.kind == "variance_preserving":
+            self.betas = torch.from_numpy(self.process.betas)
             self.alphas_cumprod = torch.from_numpy(self.process.alphas_cumprod).float()
         self._solver: SearchedSolver | None = None
         self._begin_index: int | None = None
         self._reset()
+
+    @property
+    def compatibles(self) -> list[type[SchedulerMixin]]:
+        """diffusers' schedulers for the same kind of noise process."""
+        flow_matching = self.process.kind == "flow_matching"
+        return [each for each in super().compatibles if each.__name__.startswith("FlowMatch") == flow_matching]
 
     # Loading and saving
 
@@ -127,29 +136,35 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             EnvironmentError: If there is nothing of that name.
             SolverFileError: If the solver file cannot be trusted.
         """
-        source = str(pretrained_model_name_or_path)
+        name = source = str(pretrained_model_name_or_path)
         if not os.path.isdir(source) and source in list_bundled_solvers():
             source = str(BUNDLED_SOLVERS / source)
+        load_id = "|".join(part or "null" for part in (name, subfolder, kwargs.get("variant"), kwargs.get("revision")))
         hub_kwargs = {
             key: kwargs[key]
             for key in ("cache_dir", "force_download", "token", "local_files_only", "revision")
             if key in kwargs
         }
-        config, kwargs, commit_hash = cls.load_config(
-            source, subfolder=subfolder, return_unused_kwargs=True, return_commit_hash=True, **kwargs
-        )
+        try:
+            config, kwargs, commit_hash = cls.load_config(
+                source, subfolder=subfolder, return_unused_kwargs=True, return_commit_hash=True, **kwargs
+            )
+        except (OSError, ValueError) as error:
+            raise _cannot_load(name, error) from error
         if os.path.isdir(source):
             path = Path(source, subfolder or "", SOLVER_FILE)
-            path = path if path.is_file() else None
+            solver = load_solver_file(path) if path.is_file() else None
         else:
-            path = _download_solver_file(source, subfolder, commit_hash, hub_kwargs)
-        if path is None:
+            solver = _load_from_hub(name, subfolder, commit_hash, hub_kwargs)
+        if solver is None:
             logger.warning(
-                f"'{pretrained_model_name_or_path}' has no '{SOLVER_FILE}', so this scheduler is a classical "
-                "second-order multistep scheduler. Search a solver with `accelerate launch search/run.py`."
+                f"'{name}' has no '{SOLVER_FILE}', so this scheduler is a classical second-order multistep scheduler. "
+                "Search a solver with `accelerate launch search/run.py`."
             )
-        solver = None if path is None else load_solver_file(path)
-        return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, solver=solver, **kwargs)
+        loaded = cls.from_config(config, return_unused_kwargs=return_unused_kwargs, solver=solver, **kwargs)
+        # Where modular pipelines load it from again; without it they would rebuild it from its config alone.
+        (loaded[0] if return_unused_kwargs else loaded)._diffusers_load_id = load_id
+        return loaded
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, solver=None, **kwargs):
@@ -166,10 +181,14 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If the solver is for the other kind of noise process.
         """
-        if config is not None and "prediction_type" not in kwargs:
-            kwargs["prediction_type"] = prediction_type_from_config(config)
-        loaded = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        deduced = {} if config is None else _deduced_entries(config)
+        hidden = deduced.keys() - kwargs.keys()
+        loaded = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **{**deduced, **kwargs})
         scheduler = loaded[0] if return_unused_kwargs else loaded
+        if hidden:
+            # diffusers hands such entries to no other scheduler: the one they were deduced from would not know them.
+            defaults = scheduler.config.get("_use_default_values", ())
+            scheduler.register_to_config(_use_default_values=sorted({*defaults, *hidden}))
         if solver is not None:
             scheduler._set_solver(solver)
         return loaded
@@ -189,8 +208,13 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Save `scheduler_config.json`, and the solver in the sub-folder `solver/` if there is one."""
-        if self.solver_file is not None and not os.path.isfile(save_directory):
-            save_solver_file(self.solver_file, Path(save_directory, SOLVER_FILE))
+        if not os.path.isfile(save_directory):
+            path = Path(save_directory, SOLVER_FILE)
+            if self.solver_file is None:
+                # What an earlier save has left would be loaded as this scheduler's.
+                path.unlink(missing_ok=True)
+            else:
+                save_solver_file(self.solver_file, path)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     # Schedules
@@ -429,6 +453,17 @@ def _is_default_grid(sigmas) -> bool:
     return sigmas.size > 0 and bool(abs(sigmas - (1 - np.arange(len(sigmas)) / len(sigmas))).max() < 1e-5)
 
 
+def _deduced_entries(config) -> dict:
+    """Entries of our config that the config of another scheduler does not give, or gives in its own way."""
+    given = {key: value for key, value in config.items() if key not in config.get("_use_default_values", ())}
+    deduced = {}
+    if prediction_type_from_config(config) != given.get("prediction_type", "epsilon"):
+        deduced["prediction_type"] = prediction_type_from_config(config)
+    if config.get("use_flow_sigmas") and "shift" not in given:
+        deduced["shift"] = config.get("flow_shift", 1.0)
+    return deduced
+
+
 def _second_order(timesteps, alphas, sigmas) -> SearchedSolver:
     return SearchedSolver.adams_bashforth(timesteps, alphas, sigmas, "velocity", order=2)
 
@@ -441,10 +476,16 @@ def _carry_over(file: SolverFile, process) -> SolverFile:
         f"The solver was searched for {file.process}, the model has {process}: its timesteps are carried over to the "
         "same noise levels. Expect less than a solver that was searched for this model."
     )
-    solvers = {
-        n: replace(solver, timesteps=process.timesteps(*file.process.alpha_sigma(solver.timesteps)))
-        for n, solver in file.solvers.items()
-    }
+    try:
+        solvers = {
+            n: replace(solver, timesteps=process.timesteps(*file.process.alpha_sigma(solver.timesteps)))
+            for n, solver in file.solvers.items()
+        }
+    except ValueError as error:
+        raise ValueError(
+            f"The solver was searched for {file.process} and cannot be carried over to {process}, which lacks some "
+            f"of its noise levels. {error} Search one for this model with `accelerate launch search/run.py`."
+        ) from error
     return replace(file, solvers=solvers, process=process)
 
 
@@ -460,11 +501,36 @@ def _find_solver_file(path: Path) -> SolverFile:
     )
 
 
-def _download_solver_file(repo_id: str, subfolder: str | None, commit_hash: str | None, hub_kwargs) -> Path | None:
-    """The solver file of the same commit as the config, or None if that commit has none."""
+def _load_from_hub(repo_id: str, subfolder: str | None, commit_hash: str | None, hub_kwargs) -> SolverFile | None:
+    """The solver of the same commit as the config, or None if that commit has none."""
     filename = f"{subfolder}/{SOLVER_FILE}" if subfolder else SOLVER_FILE
-    revision = commit_hash or hub_kwargs.pop("revision", None)
+    hub_kwargs = {**hub_kwargs, "revision": commit_hash or hub_kwargs.get("revision")}
     try:
-        return Path(hf_hub_download(repo_id, filename, **{**hub_kwargs, "revision": revision}))
-    except EntryNotFoundError:
-        return None
+        return load_solver_file(hf_hub_download(repo_id, filename, **hub_kwargs))
+    except SolverFileError as error:
+        raise SolverFileError(
+            f"{error} The file is from commit {commit_hash} of '{repo_id}'. If it was damaged on its way, "
+            "`from_pretrained(..., force_download=True)` fetches it anew."
+        ) from error
+    except EntryNotFoundError as error:
+        cached = try_to_load_from_cache(repo_id, filename, hub_kwargs.get("cache_dir"), hub_kwargs["revision"])
+        if not isinstance(error, LocalEntryNotFoundError) or cached is _CACHED_NO_EXIST:
+            return None
+        raise _cannot_load(repo_id, error) from error
+    except (OSError, ValueError) as error:
+        raise _cannot_load(repo_id, error) from error
+
+
+def _cannot_load(name: str, error: Exception) -> EnvironmentError:
+    """What to tell a user for whom `name` could not be loaded."""
+    if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__context__, LocalEntryNotFoundError):
+        reason = (
+            "it is not a folder, a part of it is not in the cache, and the Hub was not asked (`local_files_only` or "
+            "HF_HUB_OFFLINE) or did not answer. Try again with a connection"
+        )
+    else:
+        reason = str(error)
+    return OSError(
+        f"Cannot load a scheduler from '{name}': {reason}\nExpected a folder written by `save_pretrained` or by "
+        f"`search/run.py`, a bundled solver ({', '.join(list_bundled_solvers())}), or a Hub repository."
+    )
