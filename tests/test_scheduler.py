@@ -24,6 +24,7 @@ from diffusers_searched_solver.serialization import SOLVER_FILE
 
 FLOW, VP = FlowMatching(), VariancePreserving()
 FLOW_CONFIG = FlowMatchEulerDiscreteScheduler(shift=3.0).config
+UNSHIFTED_CONFIG = FlowMatchEulerDiscreteScheduler().config
 VP_CONFIG = DDIMScheduler().config
 
 
@@ -70,8 +71,8 @@ def test_the_grid_that_flow_pipelines_pass_by_default_means_the_searched_table(s
 @pytest.mark.parametrize(
     ("config", "schedule"),
     [
-        (FLOW_CONFIG, {"sigmas": [1.0, 0.7, 0.2]}),
-        (FLOW_CONFIG, {"sigmas": [1.0, 0.7, 0.2, 0.0]}),
+        (UNSHIFTED_CONFIG, {"sigmas": [1.0, 0.7, 0.2]}),
+        (UNSHIFTED_CONFIG, {"sigmas": [1.0, 0.7, 0.2, 0.0]}),
         (FLOW_CONFIG, {"timesteps": torch.tensor([1000.0, 700.0, 200.0])}),
         (VP_CONFIG, {"timesteps": [999, 600, 100]}),
     ],
@@ -86,10 +87,30 @@ def test_any_other_schedule_is_honoured_with_a_classical_table_and_one_warning(c
     reference = SearchedSolverScheduler.from_config(config, solver=table)
     reference.set_timesteps(3)
     x = torch.randn(2, 3)
-    assert torch.equal(scheduler.timesteps, reference.timesteps)
-    assert torch.equal(run(scheduler, x), run(reference, x))
+    torch.testing.assert_close(scheduler.timesteps, reference.timesteps, rtol=1e-6, atol=0)
+    torch.testing.assert_close(run(scheduler, x), run(reference, x), rtol=0, atol=1e-5)
     scheduler.set_timesteps(**schedule)
     assert len(warnings()) == 1 and "An explicit schedule was passed" in warnings()[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "schedule"),
+    [
+        ({"shift": 3.0}, {}),
+        ({"use_dynamic_shifting": True}, {"mu": 0.8}),
+        ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, {"mu": 0.8}),
+        ({"shift": 3.0, "shift_terminal": 0.05}, {}),
+        ({"shift": 3.0}, {"timesteps": [1000, 667, 334]}),
+    ],
+    ids=["shift", "dynamic shift", "linear dynamic shift", "last sigma", "timesteps too"],
+)
+def test_explicit_sigmas_mean_the_nodes_that_they_mean_to_diffusers_own_scheduler(config, schedule):
+    diffusers_scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    scheduler = searched(diffusers_scheduler.config)
+    for each in (scheduler, diffusers_scheduler):
+        each.set_timesteps(sigmas=[1.0, 0.667, 0.334], **schedule)
+    torch.testing.assert_close(scheduler.timesteps, diffusers_scheduler.timesteps, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scheduler.sigmas, diffusers_scheduler.sigmas, rtol=1e-6, atol=0)
 
 
 def test_an_absent_step_count_is_an_error_that_lists_those_present():
@@ -329,9 +350,19 @@ def test_outputs_of_another_shape_are_refused():
         scheduler.step(torch.zeros(1, 8), scheduler.timesteps[0], torch.zeros(1, 4))
 
 
-@pytest.mark.parametrize("wish", [{"eta": 0.5}, {"per_token_timesteps": torch.zeros(1)}], ids=["eta", "per token"])
-def test_noise_and_times_per_token_are_refused(wish):
+def test_noise_is_refused():
     scheduler = searched(FLOW_CONFIG)
     scheduler.set_timesteps(4)
     with pytest.raises(NotImplementedError, match="deterministic"):
-        scheduler.step(torch.zeros(1), scheduler.timesteps[0], torch.zeros(1), **wish)
+        scheduler.step(torch.zeros(1), scheduler.timesteps[0], torch.zeros(1), eta=0.5)
+
+
+def test_an_output_that_comes_with_times_per_token_is_a_negated_velocity_as_for_diffusers_own_scheduler():
+    x, velocity = torch.randn(2, 1, 5, 3)
+    states = []
+    for scheduler in (SearchedSolverScheduler.from_config(UNSHIFTED_CONFIG), FlowMatchEulerDiscreteScheduler()):
+        scheduler.set_timesteps(timesteps=np.array([1000.0, 600.0]))
+        times = torch.full((1, 5), 1000.0)
+        states.append(scheduler.step(-velocity, 1000.0, x, per_token_timesteps=times, return_dict=False)[0])
+    torch.testing.assert_close(*states, rtol=0, atol=1e-6)
+    torch.testing.assert_close(states[0], x - 0.4 * velocity, rtol=0, atol=1e-6)

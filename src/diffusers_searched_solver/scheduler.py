@@ -1,5 +1,6 @@
 """SearchedSolverScheduler: the diffusers scheduler contract around a SearchedSolver. No numerics of its own."""
 
+import inspect
 import math
 import os
 from dataclasses import dataclass, replace
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
@@ -235,7 +236,8 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             device (*optional*): Where `timesteps` goes.
             timesteps, sigmas (*optional*): An explicit schedule. `sigmas` equal to 1 - i/N, which many flow pipelines
                 pass by default, means N steps of the searched solver; any other schedule is honoured with a classical
-                second-order multistep table on those nodes.
+                second-order multistep table on those nodes. `sigmas` are shifted as the config says, and the network
+                is called at `timesteps` if both are given, as in [`FlowMatchEulerDiscreteScheduler`].
             mu (`float`, *optional*): Shift of the classical grid if the config uses dynamic shifting.
 
         Raises:
@@ -245,7 +247,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         if sigmas is not None and timesteps is None and _is_default_grid(sigmas):
             num_inference_steps, explicit = len(sigmas), None
         if explicit is not None:
-            self._solver = self._classical_on(timesteps, sigmas)
+            self._solver = self._classical_on(timesteps, sigmas, mu)
         elif num_inference_steps is None:
             raise ValueError(
                 "`set_timesteps` needs one of `num_inference_steps`, `timesteps` and `sigmas`, found none."
@@ -272,23 +274,28 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             )
         return solver
 
-    def _classical_on(self, timesteps, sigmas) -> SearchedSolver:
+    def _classical_on(self, timesteps, sigmas, mu) -> SearchedSolver:
         if self.solver_file is not None:
             self._warn_once(
                 "An explicit schedule was passed, which the searched solver does not have: a classical second-order "
                 "multistep solver runs on it. Pass only `num_inference_steps` to use the searched one."
             )
-        if timesteps is None:
-            if self.process.kind != "flow_matching":
-                raise ValueError(
-                    "`sigmas` is a schedule for flow-matching models, this model has `prediction_type` "
-                    f"{self.config.prediction_type!r}. Pass `timesteps` instead."
-                )
-            sigmas = np.trim_zeros(_to_numpy(sigmas), "b")
-            timesteps = sigmas * self.config.num_train_timesteps
-        timesteps = _to_numpy(timesteps)
-        alphas, sigmas = self.process.alpha_sigma(timesteps)
-        return _second_order(timesteps, np.append(alphas, 1.0), np.append(sigmas, 0.0))
+        if sigmas is None:
+            timesteps = _to_numpy(timesteps)
+            alphas, sigmas = self.process.alpha_sigma(timesteps)
+            return _second_order(timesteps, np.append(alphas, 1.0), np.append(sigmas, 0.0))
+        if self.process.kind != "flow_matching":
+            raise ValueError(
+                "`sigmas` is a schedule for flow-matching models, this model has `prediction_type` "
+                f"{self.config.prediction_type!r}. Pass `timesteps` instead."
+            )
+        # Explicit sigmas are shifted by the config, times given with them are not: diffusers' own scheduler knows how.
+        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+        nodes = FlowMatchEulerDiscreteScheduler(**{key: self.config[key] for key in known if key in self.config})
+        times = None if timesteps is None else _to_numpy(timesteps)
+        nodes.set_timesteps(sigmas=np.trim_zeros(_to_numpy(sigmas), "b"), timesteps=times, mu=mu)
+        sigmas = _to_numpy(nodes.sigmas)
+        return _second_order(_to_numpy(nodes.timesteps), 1 - sigmas, sigmas)
 
     def _warn_once(self, message: str):
         if message not in self._warned:
