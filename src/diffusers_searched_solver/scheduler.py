@@ -436,11 +436,13 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _levels(self, sample: torch.Tensor, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha and sigma of `timesteps`, shaped to multiply `sample`."""
+        dtype = timesteps.dtype if torch.is_tensor(timesteps) and timesteps.is_floating_point() else torch.float32
         timesteps = np.atleast_1d(_to_numpy(timesteps))
         levels = np.stack(self.process.alpha_sigma(timesteps))
         if self._solver is not None:
-            # float32, because that is what `self.timesteps` gives out.
-            matches = timesteps.astype(np.float32)[:, None] == self._solver.timesteps.astype(np.float32)
+            # float32, because that is what `self.timesteps` gives out; half precision, because models cast that.
+            schedule = torch.tensor(self._solver.timesteps, dtype=torch.float32).to(dtype).double().numpy()
+            matches = timesteps.astype(np.float32)[:, None] == schedule
             rows, nodes = np.nonzero(matches)
             levels[:, rows] = self._solver.alphas[nodes], self._solver.sigmas[nodes]
         levels = torch.from_numpy(levels).to(sample)
@@ -451,7 +453,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _to_numpy(values) -> np.ndarray:
-    return np.asarray(values.detach().cpu() if torch.is_tensor(values) else values, np.float64)
+    return values.detach().cpu().double().numpy() if torch.is_tensor(values) else np.asarray(values, np.float64)
 
 
 def _is_default_grid(sigmas) -> bool:
