@@ -13,7 +13,7 @@ DAMPING = 1e-2
 # Errors beyond this many times the median sample's count by less than their square.
 ROBUSTNESS = 4.0
 # Steps tried on one Jacobian at most, and the gain under which a new one is worth more than another step.
-MAX_TRIALS = 6
+MAX_TRIALS = 5
 MIN_GAIN = 0.03
 
 

@@ -9,7 +9,10 @@ from diffusers_searched_solver import NoiseProcess, SearchedSolver
 
 FRAME = "velocity"
 # A first node at the very beginning of the process would be a gap of zero, whose logarithm is minus infinity.
-SMALLEST_GAP = 0.02
+FIRST_GAP = 0.02
+# Two network calls at nearly one time would differ by noise alone, which large coefficients then amplify on other
+# samples. So gaps between calls are at least this share of those of a uniform grid.
+GAP_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,12 @@ class SolverFamily:
     Solvers of N steps in the velocity frame, as a vector without constraints.
 
         entries = (d, tau, o):  nodes at the times tau,  timesteps = tau + o,  coefficients = AB(nodes) + d
-        vector  = (d, z, o):    tau_i = T * sum_{k > i} g_k,  g = softmax(z),  k = 0 ... N
+        vector  = (d, z, o):    tau_i = T * sum_{k > i} g_k,  g = f + (1 - sum f) * softmax(z),  k = 0 ... N
 
-    where AB is the Adams-Bashforth table of the nodes. Because it follows them, moving a node is worth about what it
-    would be worth in a classical solver, instead of spoiling coefficients that were made for other nodes (Zaluzhny et
-    al., "GAS", arXiv 2510.17699, found this of corrections to DPM-Solver++). Row sums are free.
+    where f is a least gap between calls and AB is the Adams-Bashforth table of the nodes. Because it follows them,
+    moving a node is worth about what it would be worth in a classical solver, instead of spoiling coefficients that
+    were made for other nodes (the authors of "GAS", arXiv 2510.17699, found this of corrections to DPM-Solver++). Row
+    sums are free.
 
     A flow-matching run begins at pure noise whatever the first network time. If the network predicts velocities, the
     nodes matter only through the coefficients and d already frees those, so o would be redundant and stays 0.
@@ -57,29 +61,32 @@ class SolverFamily:
         self.process, self.num_steps, self.order, self.offsets = process, num_steps, order, offsets
         self.rows, self.columns = np.tril_indices(num_steps)
         self._splits = [len(self.rows), len(self.rows) + num_steps]
+        self._floor = np.full(num_steps + 1, GAP_SHARE / (num_steps + 1))
+        self._floor[0] = 0
 
     def vector(self, timesteps: np.ndarray) -> np.ndarray:
-        """The classical solver on a grid; gaps under 2 % of T are widened."""
+        """The classical solver on a grid, whose first node moves a little if it is the beginning of the process."""
         bounds = np.concatenate([[self.process.max_timestep], timesteps, [0]]) / self.process.max_timestep
-        gaps = np.maximum(-np.diff(bounds), SMALLEST_GAP)
-        return np.concatenate([np.zeros(len(self.rows)), np.log(gaps / gaps.sum()), np.zeros(self.num_steps)])
+        gaps = -np.diff(bounds)
+        gaps[0] = max(gaps[0], FIRST_GAP)
+        free = np.maximum(gaps / gaps.sum() - self._floor, 0.1 * self._floor[1])
+        return np.concatenate([np.zeros(len(self.rows)), np.log(free / free.sum()), np.zeros(self.num_steps)])
 
     def entries(self, vector: np.ndarray) -> np.ndarray:
         """(d, tau, o) of a vector."""
         d, z, o = np.split(vector, [self._splits[0], self._splits[1] + 1])
-        tau = self.process.max_timestep * (1 - np.cumsum(_softmax(z))[:-1])
-        return np.concatenate([d, tau, o])
+        gaps = self._floor + (1 - self._floor.sum()) * _softmax(z)
+        return np.concatenate([d, self.process.max_timestep * (1 - np.cumsum(gaps)[:-1]), o])
 
     def entry_jacobian(self, vector: np.ndarray) -> np.ndarray:
         """d entries / d vector."""
         n, k = self.num_steps, self._splits[0]
-        gaps = _softmax(vector[k : k + n + 1])
+        shares = _softmax(vector[k : k + n + 1])
         below = np.arange(n + 1)[None, :] > np.arange(n)[:, None]
+        free = self.process.max_timestep * (1 - self._floor.sum())
         jacobian = np.zeros((k + 2 * n, k + 2 * n + 1))
         jacobian[:k, :k] = np.eye(k)
-        jacobian[k : k + n, k : k + n + 1] = (
-            self.process.max_timestep * gaps * (below - (below * gaps).sum(1, keepdims=True))
-        )
+        jacobian[k : k + n, k : k + n + 1] = free * shares * (below - (below * shares).sum(1, keepdims=True))
         jacobian[k + n :, k + n + 1 :] = np.eye(n)
         return jacobian
 

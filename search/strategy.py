@@ -44,7 +44,7 @@ def search_solver(
         num_steps (`int`): Steps of the solver, at least 2.
         conditions: Keyword arguments for the pipeline's call that make one sample each, used in turn, for instance
             `[{"class_labels": [k], "guidance_scale": 2.0} for k in range(10)]` or `[{"prompt": "a cat"}]`.
-        num_samples (`int`): Noises to fit; half as many more judge.
+        num_samples (`int`): Noises to fit; a quarter as many more judge.
         seed (`int`): Of the noises.
         teacher_steps (`int`): Steps of the run whose end point is the goal.
         batch_size (`int`): Samples in one call of the pipeline.
@@ -94,10 +94,10 @@ def search_batches(
     batch_size: int,
     calls: NetworkCalls,
 ) -> tuple[list[Batch], list[Batch]]:
-    """The noises to fit and, half as many, the noises that judge, with the teacher's end points."""
+    """The noises to fit and, a quarter as many, the noises that judge, with the teacher's end points."""
     return tuple(
         make_batches(pipe, conditions, split_seeds(seed, split, count), batch_size, teacher_steps, calls)
-        for split, count in ((TRAIN_SEEDS, num_samples), (HELD_OUT_SEEDS, max(1, num_samples // 2)))
+        for split, count in ((TRAIN_SEEDS, num_samples), (HELD_OUT_SEEDS, max(1, num_samples // 4)))
     )
 
 
@@ -115,11 +115,12 @@ def fit_solver(
     log: Callable[[str], None],
 ) -> SearchedSolver:
     """
-    Search in three stages: the node times of an Adams-Bashforth solver on a quarter of the samples; everything, from
-    there, on half of them; everything on all.
+    Search in three stages: the node times of an Adams-Bashforth solver, from several grids, on a quarter of the
+    samples; everything, from the best of these, on half of them; everything on all.
 
     Few numbers need few samples, and what the first stages find is near enough for the last to converge: from a
-    classical grid, the last alone stalls in a local minimum.
+    classical grid, the last alone stalls in a local minimum. Which grid is worth going on from shows after one
+    iteration, not before.
 
     Args:
         train, held_out: Samples to fit and samples that judge.
@@ -136,17 +137,19 @@ def fit_solver(
     family = SolverFamily(process, num_steps, ORDER, offsets=prediction_type != "flow_prediction")
     visited: list[tuple[float, SearchedSolver]] = []
 
+    def loss_on_quarter(vector: np.ndarray) -> float:
+        return _error(quarter, family.solver(family.entries(vector)))
+
     def visit(vector: np.ndarray, line: str):
         solver = family.solver(family.entries(vector))
         visited.append((_error(held_out, solver), solver))
         log(f"{num_steps} steps, {line}: error {visited[-1][0]:.4g} on held-out noises")
 
     starts = [family.vector(timesteps) for timesteps in _start_grids(process, num_steps)]
-    vector = min(starts, key=lambda v: _error(quarter, family.solver(family.entries(v))))
-    visit(vector, "classical start")
-    for iteration in range(2):
-        vector, gain = gauss_newton_iteration(family, vector, quarter, times_only=True)
-        visit(vector, f"node times, iteration {iteration + 1}")
+    visit(min(starts, key=loss_on_quarter), "classical start")
+    moved = [gauss_newton_iteration(family, start, quarter, times_only=True)[0] for start in starts]
+    vector, gain = gauss_newton_iteration(family, min(moved, key=loss_on_quarter), quarter, times_only=True)
+    visit(vector, "node times")
     vector, gain = gauss_newton_iteration(family, vector, half, times_only=False)
     visit(vector, "everything, half of the noises")
     for iteration in itertools.count(1):
@@ -164,5 +167,5 @@ def _error(batches: Sequence[Batch], solver: SearchedSolver) -> float:
 def _start_grids(process: NoiseProcess, num_steps: int) -> list[np.ndarray]:
     """Timesteps of the grids that a search may start from."""
     if process.kind == "flow_matching":
-        return [time_grid(process, num_steps, shift)[0] for shift in (1.0, 2.0)]
+        return [time_grid(process, num_steps, shift)[0] for shift in (1.0, 1.5, 2.0)]
     return [time_grid(process, num_steps, shift, start=0.9)[0] for shift in (0.35, 0.7)]
