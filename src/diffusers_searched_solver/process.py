@@ -80,6 +80,8 @@ class VariancePreserving:
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: As in
             `diffusers.DDPMScheduler`, which computes the table.
+        snr_shift_scale (`float`): What the noise-to-signal ratio sigma^2 / alpha^2 of these betas is multiplied with,
+            as in `diffusers.CogVideoXDDIMScheduler`.
     """
 
     num_train_timesteps: int = 1000
@@ -88,16 +90,27 @@ class VariancePreserving:
     beta_schedule: str = "linear"
     trained_betas: tuple[float, ...] | None = None
     rescale_betas_zero_snr: bool = False
+    snr_shift_scale: float = 1.0
 
     kind = "variance_preserving"
 
     @cached_property
+    def _ddpm(self) -> DDPMScheduler:
+        fields = asdict(self)
+        scale = fields.pop("snr_shift_scale")
+        if scale != 1:
+            table = DDPMScheduler(**{**fields, "rescale_betas_zero_snr": False}).alphas_cumprod.double().numpy()
+            shifted = table / (scale + (1 - scale) * table)
+            fields["trained_betas"] = 1 - shifted / np.append(1.0, shifted[:-1])
+        return DDPMScheduler(**fields)
+
+    @cached_property
     def betas(self) -> np.ndarray:
-        return DDPMScheduler(**asdict(self)).betas.numpy()
+        return self._ddpm.betas.numpy()
 
     @cached_property
     def alphas_cumprod(self) -> np.ndarray:
-        table = DDPMScheduler(**asdict(self)).alphas_cumprod.double().numpy()
+        table = self._ddpm.alphas_cumprod.double().numpy()
         # The last entry of a rescaled schedule is zero; diffusers' solvers put 2^-24 in its place.
         return np.maximum(table, 2.0**-24)
 
@@ -126,7 +139,19 @@ _PROCESSES = {cls.kind: cls for cls in (FlowMatching, VariancePreserving)}
 
 
 def process_from_config(config: Mapping) -> NoiseProcess:
-    """The noise process that a diffusers scheduler config describes."""
+    """
+    The noise process that a diffusers scheduler config describes.
+
+    Raises:
+        ValueError: If it is of another kind: EDM (SVD, Stable Audio, Cosmos 1), TrigFlow, Wuerstchen.
+    """
+    kind_keys = {"sigma_data", "scaler"} & config.keys()
+    if kind_keys or config.get("timestep_type") == "continuous":
+        raise ValueError(
+            f"The config of {config.get('_class_name', 'this scheduler')} describes neither DDPM's noise process nor "
+            f"flow matching: it has {', '.join(sorted(kind_keys)) or 'continuous timesteps'}. A searched solver is "
+            "for models of those two; keep the pipeline's own scheduler."
+        )
     num_train_timesteps = config.get("num_train_timesteps", 1000)
     if prediction_type_from_config(config) == "flow_prediction":
         return FlowMatching(num_train_timesteps)
@@ -138,6 +163,7 @@ def process_from_config(config: Mapping) -> NoiseProcess:
         beta_schedule=config.get("beta_schedule", "linear"),
         trained_betas=None if betas is None else tuple(float(beta) for beta in betas),
         rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
+        snr_shift_scale=config.get("snr_shift_scale", 1.0),
     )
 
 

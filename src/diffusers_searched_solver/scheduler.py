@@ -22,6 +22,7 @@ from .solver import SearchedSolver
 
 logger = logging.get_logger(__name__)
 
+BETAS = ("beta_start", "beta_end", "beta_schedule")
 BUNDLED_SOLVERS = Path(__file__).parent / "solvers"
 
 
@@ -56,6 +57,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: The noise
             process of a variance-preserving model, as in [`DDPMScheduler`]; not used by flow-matching models.
+        snr_shift_scale (`float`): Its shift, as in [`CogVideoXDDIMScheduler`].
         prediction_type (`str`): What the network predicts: "epsilon", "v_prediction", "sample" (all three on a
             variance-preserving process) or "flow_prediction" (noise minus data, on the flow-matching process).
         shift (`float`): Shift of the classical grid of a flow-matching model towards the noise. A searched table's
@@ -85,6 +87,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule: str = "linear",
         trained_betas: np.ndarray | list[float] | None = None,
         rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float = 1.0,
         prediction_type: str = "epsilon",
         shift: float = 1.0,
         use_dynamic_shifting: bool = False,
@@ -100,6 +103,10 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.from_numpy(np.arange(num_train_timesteps)[::-1].copy()).float()
         self.sigmas = torch.from_numpy(self.process.alpha_sigma(self.timesteps.numpy())[1]).float()
         if self.process.kind == "variance_preserving":
+            # diffusers' schedulers have different defaults for these, and do not hand on what was left at its default.
+            if "_use_default_values" in self.config:
+                defaults = {*self.config["_use_default_values"]} - {*BETAS}
+                self.register_to_config(_use_default_values=sorted(defaults))
             self.betas = torch.from_numpy(self.process.betas)
             self.alphas_cumprod = torch.from_numpy(self.process.alphas_cumprod).float()
         self._solver: SearchedSolver | None = None
@@ -180,8 +187,13 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             kwargs: Config entries to change.
 
         Raises:
-            ValueError: If the solver is for the other kind of noise process.
+            ValueError: If the solver is for the other kind of noise process, or the config for neither.
         """
+        if config is not None:
+            process_from_config(config)
+            kwargs = {**{key: config[key] for key in BETAS if key in config}, **kwargs}
+            if config.get("snr_shift_scale", 1.0) != 1.0:
+                kwargs.setdefault("snr_shift_scale", config["snr_shift_scale"])
         deduced = {} if config is None else _deduced_entries(config)
         hidden = deduced.keys() - kwargs.keys()
         loaded = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **{**deduced, **kwargs})
