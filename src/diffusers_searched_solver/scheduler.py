@@ -111,6 +111,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             self.alphas_cumprod = torch.from_numpy(self.process.alphas_cumprod).float()
         self._solver: SearchedSolver | None = None
         self._begin_index: int | None = None
+        self._warned: set[str] = set()
         self._reset()
 
     @property
