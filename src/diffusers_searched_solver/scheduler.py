@@ -12,8 +12,8 @@ from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler, SchedulerMix
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 
 from .process import prediction_type_from_config, process_from_config, time_grid
 from .serialization import SOLVER_FILE, SolverFile, SolverFileError, load_solver_file, save_solver_file
@@ -545,10 +545,17 @@ def _load_from_hub(repo_id: str, subfolder: str | None, commit_hash: str | None,
 
 def _cannot_load(name: str, error: Exception) -> EnvironmentError:
     """What to tell a user for whom `name` could not be loaded."""
-    if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__context__, LocalEntryNotFoundError):
+    # diffusers raises anew, and its message does not tell these two from what does not exist.
+    causes = (error, error.__context__)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        reason = (
+            f"its owner has gated it. Ask for access at {constants.ENDPOINT}/{name}, then pass `token` or log in with "
+            "`hf auth login`."
+        )
+    elif any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
         reason = (
             "it is not a folder, a part of it is not in the cache, and the Hub was not asked (`local_files_only` or "
-            "HF_HUB_OFFLINE) or did not answer. Try again with a connection"
+            "HF_HUB_OFFLINE) or did not answer. Try again with a connection."
         )
     else:
         reason = str(error)
