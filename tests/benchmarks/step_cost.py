@@ -4,9 +4,9 @@ What a scheduler's `step` costs, ours beside diffusers' own, paired in one run.
     python tests/benchmarks/step_cost.py
 
 Every contender makes the same 10-step run on the same network outputs; runs alternate, so that other load falls on all
-alike, and the median run counts. `traffic limit` is a plain fused sum that reads x and each prediction of the history
-once and writes x once per step, by matrix product over a stacked history. The ratio is our time over theirs. Allocations are those of
-torch per step, counted by its profiler; on a GPU also the kernel launches, and synchronisations by torch's own warning.
+alike, and the median run counts. The ratios are our time over theirs. "traffic limit" reads x and each prediction of
+the history once and writes x once per step, by one matrix product over a stacked history. Allocations are per step, as
+torch's profiler counts them; on a GPU, also kernel launches, and synchronisations as torch warns of them.
 """
 
 import statistics
@@ -23,7 +23,13 @@ from diffusers import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-from diffusers_searched_solver import FlowMatching, SearchedSolver, SearchedSolverScheduler, VariancePreserving, time_grid
+from diffusers_searched_solver import (
+    FlowMatching,
+    SearchedSolver,
+    SearchedSolverScheduler,
+    VariancePreserving,
+    time_grid,
+)
 
 
 STEPS, REPEATS = 10, 41
@@ -79,28 +85,31 @@ def _synchronise(sample):
 
 
 def count_events(scheduler, sample, outputs):
-    """Allocations, and on a GPU launches and synchronisations, per step."""
+    """Allocations and, on a GPU, kernel launches and synchronisations, per step."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if sample.is_cuda else [])]
-    with profile(activities=activities, profile_memory=True) as recorded:
+    with profile(activities=activities) as recorded:
         run(scheduler, sample, outputs)
-    big = sum(1 for event in recorded.events() if event.name == "[memory]") if False else None
-    del big
-    events = recorded.key_averages()
-    allocations = sum(event.count for event in events if event.key in ("aten::empty", "aten::empty_strided", "aten::empty_like"))
-    launches = sum(event.count for event in events if event.key == "cudaLaunchKernel")
-    return allocations / STEPS, launches / STEPS
+    counts = {event.key: event.count for event in recorded.key_averages()}
+    events = {"allocations": sum(counts.get(f"aten::{name}", 0) for name in ("empty", "empty_strided", "empty_like"))}
+    if sample.is_cuda:
+        events |= {"launches": counts.get("cudaLaunchKernel", 0)}
+        events |= {"synchronisations": count_synchronisations(scheduler, sample, outputs)}
+    return {name: count / STEPS for name, count in events.items()}
 
 
 def count_synchronisations(scheduler, sample, outputs):
-    """Host-device synchronisations per step."""
+    """Host-device synchronisations in the steps of a run."""
     scheduler.set_timesteps(STEPS, device=sample.device)
+    timesteps = list(scheduler.timesteps)
     torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for t, output in zip(list(scheduler.timesteps), outputs, strict=True):
-            sample = scheduler.step(output, t, sample, return_dict=False)[0]
-    torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught) / STEPS
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for t, output in zip(timesteps, outputs, strict=True):
+                sample = scheduler.step(output, t, sample, return_dict=False)[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
 def main():
@@ -118,11 +127,12 @@ def main():
             times["traffic limit"].append(traffic_limit(sample, outputs))
         medians = {name: 1e6 * statistics.median(values) / STEPS for name, values in times.items()}
         print(f"\n{shape} float32 on {device}, {STEPS} steps, median of {REPEATS} runs")
-        print(f"{'scheduler':20}{'us / step':>10}{'flow / it':>11}{'epsilon / it':>14}{'allocations':>13}")
+        print(f"{'scheduler':20}{'us / step':>10}{'flow / it':>11}{'epsilon / it':>14}  per step")
         for name, value in medians.items():
             ratios = [medians["searched, flow"] / value, medians["searched, epsilon"] / value]
-            events = "" if name == "traffic limit" else f"{count_events(schedulers[name], sample, outputs)[0]:13.1f}"
-            print(f"{name:20}{value:10.0f}{ratios[0]:11.2f}{ratios[1]:14.2f}{events}")
+            events = count_events(schedulers[name], sample, outputs) if name in schedulers else {}
+            listed = ", ".join(f"{count:.1f} {event}" for event, count in events.items())
+            print(f"{name:20}{value:10.0f}{ratios[0]:11.2f}{ratios[1]:14.2f}  {listed}")
 
 
 if __name__ == "__main__":
