@@ -154,6 +154,10 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             for key in ("cache_dir", "force_download", "token", "local_files_only", "revision")
             if key in kwargs
         }
+        folder = Path(source, subfolder or "")
+        if os.path.isdir(source) and not (folder / cls.config_name).is_file():
+            # Without a config in the sub-folder, diffusers would take the one above it.
+            raise _cannot_load(name, FileNotFoundError(f"'{folder}' has no file named {cls.config_name}."))
         try:
             config, kwargs, commit_hash = cls.load_config(
                 source, subfolder=subfolder, return_unused_kwargs=True, return_commit_hash=True, **kwargs
@@ -161,7 +165,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         except (OSError, ValueError) as error:
             raise _cannot_load(name, error) from error
         if os.path.isdir(source):
-            path = Path(source, subfolder or "", SOLVER_FILE)
+            path = folder / SOLVER_FILE
             solver = load_solver_file(path) if path.is_file() else None
         else:
             solver = _load_from_hub(name, subfolder, commit_hash, hub_kwargs)

@@ -1,5 +1,6 @@
 """Solver files: the tables of several step counts in one safetensors file, read with suspicion and written whole."""
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -77,7 +78,15 @@ def save_solver_file(file: SolverFile, path: str | os.PathLike) -> None:
         "prediction_type": file.prediction_type,
     }
     tensors = {f"{n}.{name}": getattr(solver, name) for n, solver in file.solvers.items() for name in _TABLES}
-    write_whole(Path(path), save(tensors, metadata))
+    write_whole(Path(path), _with_sorted_header(save(tensors, metadata)))
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    """The same safetensors file with its header in alphabetical order, so that equal solvers make equal files."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -89,7 +89,7 @@ class SearchedSolver:
         u, w = convert_prediction(source, target, float(self.alphas[index]), float(self.sigmas[index]))
         if u == 0:
             return output if w == 1 else output * w
-        return (sample.to(torch.promote_types(sample.dtype, torch.float32)) * u).add_(output, alpha=w)
+        return _weighted_sum(sample, u, [output], [w])
 
     def step(self, sample: torch.Tensor, history: Sequence[torch.Tensor], index: int) -> torch.Tensor:
         """
@@ -109,11 +109,7 @@ class SearchedSolver:
         missing = index + 1 - len(history)
         if missing:
             weights = (sum(weights[: missing + 1]), *weights[missing + 1 :])
-        result = sample.to(torch.promote_types(sample.dtype, torch.float32)) * state_weight
-        for prediction, weight in zip(history, weights, strict=True):
-            if weight:
-                result.add_(prediction, alpha=weight)
-        return result
+        return _weighted_sum(sample, state_weight, history, weights)
 
     @classmethod
     def adams_bashforth(cls, timesteps, alphas, sigmas, frame: str, order: int) -> "SearchedSolver":
@@ -152,6 +148,22 @@ class SearchedSolver:
             times = (times - times[-2]) / (times[-1] - times[-2])
             coefficients[i, first : i + 1] = _integrated_lagrange(times[:-1])
         return cls(timesteps, alphas, sigmas, coefficients, frame)
+
+
+def _weighted_sum(
+    sample: torch.Tensor, scale: float, tensors: Sequence[torch.Tensor], weights: Sequence[float]
+) -> torch.Tensor:
+    """scale * sample + sum_j weights_j * tensors_j, accumulated in at least float32, with no pass over memory more."""
+    sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
+    terms = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight]
+    if scale == 1 and terms:
+        tensor, weight = terms.pop(0)
+        result = torch.add(sample, tensor, alpha=weight)
+    else:
+        result = sample * scale
+    for tensor, weight in terms:
+        result.add_(tensor, alpha=weight)
+    return result
 
 
 def _integrated_lagrange(times: np.ndarray) -> np.ndarray:
