@@ -120,6 +120,8 @@ def independent_loop(solver, prediction_type: str, case, recording: Recording) -
         output = output[:, : x.shape[1]]  # without the variance that some networks learned
         if case.blends:
             x = recording.samples[i - case.first_step].double()
+        # ChronoEdit goes on with the first and the last frame only.
+        predictions = [each if each.shape == x.shape else each[:, :, [0, -1]] for each in predictions]
         alpha, sigma = solver.alphas[i : i + 2], solver.sigmas[i : i + 2]
         data, noise = data_and_noise(prediction_type, case.sign * output.double(), x, alpha[0], sigma[0])
         predictions.append(data if solver.frame == "data" else noise - data)

@@ -140,7 +140,9 @@ def vae(latent_channels: int = 4, **kwargs) -> AutoencoderKL:
 
 def wan_vae(cls=diffusers.AutoencoderKLWan):
     """Halves a video's sides twice and its frames once."""
+    factors = {"scale_factor_temporal": 2, "scale_factor_spatial": 4} if cls is diffusers.AutoencoderKLWan else {}
     return cls(
+        **factors,
         base_dim=4,
         z_dim=4,
         dim_mult=[1, 1, 1],
@@ -173,6 +175,10 @@ def stable_diffusion_scheduler(**kwargs) -> DDIMScheduler:
 
 def flow_scheduler(**kwargs) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(**kwargs)
+
+
+def unipc_flow_scheduler(shift: float) -> diffusers.UniPCMultistepScheduler:
+    return diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
 # Variance-preserving models
@@ -251,6 +257,26 @@ def sd15_img2img():
     pipe = diffusers.StableDiffusionImg2ImgPipeline(**sd15_components())
     inputs = {**prompts(8), "image": picture(), "strength": 0.75, "output_type": "pt"}
     return TinyPipeline(pipe, inputs, first_step=1, network="unet")
+
+
+@tiny
+def sd15_inpaint():
+    pipe = diffusers.StableDiffusionInpaintPipeline(**sd15_components())
+    inputs = {**prompts(8), "image": picture(), "mask_image": half_mask(), "height": 16, "width": 16}
+    inputs |= {"strength": 0.75, "output_type": "pt"}
+    return TinyPipeline(pipe, inputs, first_step=1, network="unet", blends=True)
+
+
+@tiny
+def animatediff():
+    adapter = diffusers.MotionAdapter(
+        block_out_channels=(4, 8), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=2
+    )
+    parts = sd15_components()
+    parts = {key: value for key, value in parts.items() if "safety" not in key}
+    pipe = diffusers.AnimateDiffPipeline(**parts, motion_adapter=adapter)
+    inputs = {**prompts(8), "num_frames": 2, "height": 16, "width": 16, "output_type": "pt"}
+    return TinyPipeline(pipe, inputs, network="unet", output="frames")
 
 
 @tiny
@@ -581,7 +607,7 @@ def aura_flow():
     return TinyPipeline(pipe, {**prompts(8), **masks(), "height": 16, "width": 16, "output_type": "pt"})
 
 
-def flux_case(pipeline, in_channels=16, first_step=0, calls_per_step=1, **inputs):
+def flux_case(pipeline, in_channels=16, first_step=0, calls_per_step=1, blends=False, **inputs):
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=in_channels,
         out_channels=16,
@@ -602,7 +628,7 @@ def flux_case(pipeline, in_channels=16, first_step=0, calls_per_step=1, **inputs
     )
     prompt = {key: value for key, value in prompts(8, pooled=8).items() if not key.startswith("negative")}
     inputs = {**prompt, "height": 16, "width": 16, "output_type": "pt", **inputs}
-    return TinyPipeline(pipe, inputs, first_step=first_step, calls_per_step=calls_per_step)
+    return TinyPipeline(pipe, inputs, first_step=first_step, calls_per_step=calls_per_step, blends=blends)
 
 
 @tiny
@@ -627,6 +653,12 @@ def flux_kontext():
 
 
 @tiny
+def flux_inpaint():
+    inputs = {"image": picture(), "mask_image": half_mask(), "strength": 0.75}
+    return flux_case(diffusers.FluxInpaintPipeline, first_step=1, blends=True, **inputs)
+
+
+@tiny
 def flux_fill():
     # noisy latents, latents of the masked image, and a mask of two by two pixels a latent pixel, packed two by two
     return flux_case(diffusers.FluxFillPipeline, in_channels=16 * 3, image=picture(), mask_image=half_mask())
@@ -645,26 +677,32 @@ def modular_flux():
     return TinyPipeline(pipe, {**case.inputs, "output": "images"})
 
 
-def sd3_case(pipeline, first_step=0, **inputs):
+def sd3_case(pipeline, channels=4, first_step=0, blends=False, **inputs):
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
-        in_channels=4,
+        in_channels=channels,
         num_layers=2,
         attention_head_dim=4,
         num_attention_heads=2,
         joint_attention_dim=8,
         caption_projection_dim=8,
         pooled_projection_dim=8,
-        out_channels=4,
+        out_channels=channels,
     )
     pipe = pipeline(
         **components("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
         transformer=transformer,
         scheduler=flow_scheduler(shift=3.0),
-        vae=vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        vae=vae(channels, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
     )
     inputs = {**prompts(8, pooled=8), "height": 16, "width": 16, "output_type": "pt", **inputs}
-    return TinyPipeline(pipe, inputs, first_step=first_step)
+    return TinyPipeline(pipe, inputs, first_step=first_step, blends=blends)
+
+
+@tiny
+def sd3_inpaint():
+    inputs = {"image": picture(), "mask_image": half_mask(), "strength": 0.75}
+    return sd3_case(diffusers.StableDiffusion3InpaintPipeline, channels=16, first_step=1, blends=True, **inputs)
 
 
 @tiny
@@ -677,8 +715,7 @@ def sd3_img2img():
     return sd3_case(diffusers.StableDiffusion3Img2ImgPipeline, first_step=2, image=picture(), strength=0.5)
 
 
-@tiny
-def qwen_image():
+def qwen_case(pipeline, first_step=0, **inputs):
     transformer = diffusers.QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
@@ -688,7 +725,7 @@ def qwen_image():
         joint_attention_dim=8,
         axes_dims_rope=(8, 4, 4),
     )
-    pipe = diffusers.QwenImagePipeline(
+    pipe = pipeline(
         flow_scheduler(use_dynamic_shifting=True, shift_terminal=0.02),
         wan_vae(diffusers.AutoencoderKLQwenImage),
         None,
@@ -696,8 +733,80 @@ def qwen_image():
         transformer,
     )
     mask = torch.ones(1, TOKENS, dtype=torch.long)
-    inputs = {**prompts(8), "prompt_embeds_mask": mask, "negative_prompt_embeds_mask": mask, "true_cfg_scale": 2.0}
-    return TinyPipeline(pipe, {**inputs, "height": 16, "width": 16, "output_type": "pt"}, calls_per_step=2)
+    prompt = {**prompts(8), "prompt_embeds_mask": mask, "negative_prompt_embeds_mask": mask, "true_cfg_scale": 2.0}
+    inputs = {**prompt, "height": 16, "width": 16, "output_type": "pt", **inputs}
+    return TinyPipeline(pipe, inputs, calls_per_step=2, first_step=first_step)
+
+
+@tiny
+def qwen_image():
+    return qwen_case(diffusers.QwenImagePipeline)
+
+
+@tiny
+def qwen_image_img2img():
+    return qwen_case(diffusers.QwenImageImg2ImgPipeline, first_step=2, image=picture(), strength=0.5)
+
+
+@tiny
+def chroma():
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        axes_dims_rope=(4, 4, 8),
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+        approximator_num_channels=16,
+    )
+    autoencoder = vae(shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False)
+    pipe = diffusers.ChromaPipeline(flow_scheduler(shift=1.0), autoencoder, None, None, transformer)
+    inputs = {**prompts(8), **masks(torch.bool), "height": 16, "width": 16, "output_type": "pt"}
+    return TinyPipeline(pipe, inputs, calls_per_step=2)
+
+
+@tiny
+def flux2():
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    autoencoder = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        latent_channels=4,
+        norm_num_groups=2,
+        layers_per_block=1,
+    )
+    pipe = diffusers.Flux2Pipeline(flow_scheduler(use_dynamic_shifting=True), autoencoder, None, None, transformer)
+    inputs = {"prompt_embeds": embeddings(1, TOKENS, 8), "height": 16, "width": 16, "output_type": "pt"}
+    return TinyPipeline(pipe, inputs)
+
+
+@tiny
+def lumina():
+    transformer = diffusers.LuminaNextDiT2DModel(
+        sample_size=8,
+        hidden_size=16,
+        num_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        cross_attention_dim=8,
+    )
+    pipe = diffusers.LuminaPipeline(transformer, flow_scheduler(), vae(), None, None)
+    inputs = {**prompts(8), **masks(), "height": 32, "width": 32, "clean_caption": False, "output_type": "pt"}
+    return TinyPipeline(pipe, inputs)
 
 
 @tiny
@@ -781,6 +890,13 @@ def ltx():
     return TinyPipeline(diffusers.LTXPipeline(**ltx_components()), ltx_inputs(), output="frames")
 
 
+@tiny
+def ltx_image_to_video():
+    """Steps a slice of the latents: the first frame stays as it is."""
+    pipe = diffusers.LTXImageToVideoPipeline(**ltx_components())
+    return TinyPipeline(pipe, {**ltx_inputs(), "image": picture(32)}, output="frames")
+
+
 @tiny_with_own_schedule
 def ltx_condition():
     pipe = diffusers.LTXConditionPipeline(**ltx_components())
@@ -794,11 +910,11 @@ def ltx_condition_on_an_image():
     return TinyPipeline(pipe, inputs, output="frames", sign=-1, blends=True)
 
 
-def wan_transformer(**kwargs):
+def wan_transformer(in_channels: int = 4, **kwargs):
     return diffusers.WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         text_dim=8,
         freq_dim=8,
@@ -818,6 +934,66 @@ def wan():
     pipe = diffusers.WanPipeline(
         None, None, vae=wan_vae(), scheduler=flow_scheduler(shift=5.0), transformer=wan_transformer()
     )
+    return TinyPipeline(pipe, wan_inputs(), calls_per_step=2, output="frames")
+
+
+@tiny
+def wan_image_to_video():
+    # latents, the first frame's latents and a mask of two channels, one for each frame in a latent one
+    transformer = wan_transformer(in_channels=10)
+    pipe = diffusers.WanImageToVideoPipeline(
+        None, None, vae=wan_vae(), scheduler=flow_scheduler(shift=5.0), transformer=transformer
+    )
+    return TinyPipeline(pipe, {**wan_inputs(), "image": picture()}, calls_per_step=2, output="frames")
+
+
+@tiny
+def chronoedit():
+    """Drops frames mid-way, of the latents and of the scheduler's history."""
+    transformer = diffusers.ChronoEditTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=10,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=1,
+        rope_max_seq_len=16,
+        rope_temporal_skip_len=2,
+        image_dim=8,
+        added_kv_proj_dim=24,
+    )
+    pipe = diffusers.ChronoEditPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        image_encoder=None,
+        image_processor=None,
+        transformer=transformer,
+        vae=wan_vae(),
+        scheduler=unipc_flow_scheduler(5.0),
+    )
+    pipe.encode_image = lambda image, device: embeddings(1, 1, 8)
+    inputs = {**wan_inputs(), "image": picture(), "num_frames": 9}
+    inputs |= {key: embeddings(1, 512, 8) for key in ("prompt_embeds", "negative_prompt_embeds")}  # the padded length
+    inputs |= {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": 2}
+    return TinyPipeline(pipe, inputs, calls_per_step=2, output="frames", blends=True)
+
+
+@tiny
+def skyreels_v2():
+    transformer = diffusers.SkyReelsV2Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=1,
+        rope_max_seq_len=16,
+    )
+    pipe = diffusers.SkyReelsV2Pipeline(None, None, transformer, wan_vae(), unipc_flow_scheduler(8.0))
     return TinyPipeline(pipe, wan_inputs(), calls_per_step=2, output="frames")
 
 
@@ -895,7 +1071,7 @@ def cosmos25():
         None,
         transformer,
         wan_vae(),
-        diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+        unipc_flow_scheduler(5.0),
         safety_checker=_NoGuardrail(),
     )
     inputs = {**prompts(8), "height": 16, "width": 16, "num_frames": 5, "output_type": "latent"}

@@ -77,6 +77,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
     ]
     order = 1
     init_noise_sigma = 1.0
+    last_sample = None  # ChronoEdit, which drops frames mid-way, drops them from `model_outputs` and from this
 
     @register_to_config
     def __init__(
