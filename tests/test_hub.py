@@ -418,6 +418,29 @@ def test_a_pipeline_repository_with_our_scheduler_inside_downloads_whole(hub, on
     assert online("load", "org/pipe", subfolder="scheduler", cache_dir=cache) == "in the pipeline"
 
 
+def with_our_index(pipeline_folder) -> dict[str, bytes]:
+    """The repository that `pipe.push_to_hub` makes when our scheduler is in the pipeline."""
+    content = files(pipeline_folder)
+    index = json.loads(content["model_index.json"])
+    index["scheduler"] = ["diffusers_searched_solver", "SearchedSolverScheduler"]
+    return content | {"model_index.json": json.dumps(index).encode()}
+
+
+def test_a_pipeline_index_that_names_our_package_is_refused_by_diffusers(hub, online, cache, pipeline_folder):
+    """So a scheduler is better pushed to a repository of its own."""
+    hub.commit("org/pipe", with_our_index(pipeline_folder))
+    with pytest.raises(ClientError, match="ValueError.*diffusers_searched_solver"):
+        online("DiffusionPipeline.download", "org/pipe", cache_dir=cache)
+
+
+def test_a_pipeline_index_that_names_our_package_loads_with_a_line_of_remote_code(hub, online, cache, pipeline_folder):
+    line = b"from diffusers_searched_solver import SchedulerMixin, SearchedSolverScheduler\n"
+    content = with_our_index(pipeline_folder)
+    hub.commit("org/pipe", content | {"scheduler/diffusers_searched_solver.py": line})
+    pipe = f"DiffusionPipeline.from_pretrained('org/pipe', trust_remote_code=True, cache_dir={cache!r})"
+    assert online(f"{pipe}.scheduler.solver_file.provenance['name']  #") == "in the pipeline"
+
+
 def test_a_pipeline_repository_takes_our_scheduler_in_place_of_its_own(hub, online, cache, pipeline_folder):
     hub.commit("org/pipe", files(pipeline_folder))
     ours = f"SearchedSolverScheduler.from_pretrained({REPO!r}, cache_dir={cache!r})"

@@ -87,11 +87,9 @@ def test_a_round_trip_on_disk_keeps_every_bit(tmp_path, scheduler, method, caplo
 
 def test_a_second_round_trip_changes_nothing(tmp_path, scheduler):
     scheduler.save_pretrained(tmp_path / "one")
-    again = SearchedSolverScheduler.from_pretrained(tmp_path / "one")
-    again.save_pretrained(tmp_path / "two")
-    configs = [(tmp_path / name / "scheduler_config.json").read_bytes() for name in ("one", "two")]
-    assert configs[0] == configs[1]
-    assert_same(scheduler, SearchedSolverScheduler.from_pretrained(tmp_path / "two"))
+    SearchedSolverScheduler.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    for name in ("scheduler_config.json", "solver/searched_solver.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_a_subfolder_has_its_own_solver(tmp_path, scheduler):
@@ -134,9 +132,14 @@ def test_an_unknown_name_is_answered_with_what_there_is(name):
         SearchedSolverScheduler.from_pretrained(name, local_files_only=True)
 
 
-def test_a_folder_without_a_config_is_named(tmp_path):
-    with pytest.raises(OSError, match="no file named scheduler_config.json found in directory"):
-        SearchedSolverScheduler.from_pretrained(tmp_path)
+@pytest.mark.parametrize("subfolder", [None, "mistyped"])
+def test_a_folder_without_a_config_is_named_though_the_one_above_has_one(tmp_path, scheduler, subfolder):
+    scheduler.save_pretrained(tmp_path)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    source, expected = (folder, folder) if subfolder is None else (tmp_path, tmp_path / subfolder)
+    with pytest.raises(OSError, match=f"'{expected}' has no file named scheduler_config.json"):
+        SearchedSolverScheduler.from_pretrained(source, subfolder=subfolder)
 
 
 def test_an_unknown_solver_is_answered_with_what_there_is():
