@@ -1,7 +1,44 @@
 """
 The scheduler in real diffusers pipelines, against a loop outside the scheduler that applies the table by the book.
 
-TODO table
+What to know of pipelines that treat schedulers in their own way (diffusers 0.42):
+
+============================  ============================================  ======================================
+Pipeline                      What it does                                  What to do
+============================  ============================================  ======================================
+DDIM                          its constructor replaces the scheduler by a   assign `pipe.scheduler = ...`
+                              DDIMScheduler of the same config, and so      afterwards
+                              does loading it
+LongCat-AudioDiT              its constructor replaces any scheduler that   assign `pipe.scheduler = ...`
+                              is not FlowMatchEuler                         afterwards
+Flux 1 and 2, Qwen-Image,     pass sigmas = 1 - i/N                         nothing: they get the searched table
+Lumina 2, Z-Image, LTX,                                                     of N steps
+HunyuanVideo, Chroma
+LTX-Condition, CogView4,      pass a schedule of their own                  they get a classical second-order
+GLM-Image                                                                   solver on it, and one warning
+LTX-Condition, Sana-WM        pass per-token times and a negated velocity   nothing
+Kandinsky 2.2, DeepFloyd-IF   hand on the learned variance if the config    nothing: it is dropped
+                              says so
+Wan 2.2 with two experts      changes the network at `boundary_ratio` of    search with the same boundary: the
+                              the training steps                            table's times decide who is called
+ChronoEdit                    drops frames mid-way, of the scheduler's      nothing
+                              history too
+SDXL `denoising_end`,         split the run by times on the training scale  pass the same value to both; the
+`denoising_start`                                                           second part begins without history
+CogVideoX, CogView3+,         branch on the scheduler's class               nothing: the branch for others serves
+ConsisID, EasyAnimate, Bria,
+HiDream
+Stable Cascade, LEDITS++,     demand a scheduler class                      keep theirs
+LTX long multi-prompt, LTX-2
+DFR
+Mochi                         inverts the sigmas, from data to noise        keep its own
+SVD, Stable Audio, Cosmos 1   EDM's or TrigFlow's noise process             keep theirs; `from_config` refuses all
+and 2, Sana-Sprint                                                          but Cosmos 2's
+pipelines that index          need whole times                              a table with whole times
+`alphas_cumprod` with the
+time (SAG, pix2pix-zero,
+DiffEdit, CycleDiffusion)
+============================  ============================================  ======================================
 """
 
 import functools
@@ -10,7 +47,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import BUILDERS, NUM_STEPS, OWN_SCHEDULE, build
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, time_grid
@@ -220,3 +257,67 @@ def test_a_pipeline_with_a_schedule_of_its_own_gets_the_classical_solver_on_its_
         x = x + step * (velocities[i] + step / 2 * slope)
         states.append(x)
     assert_same_states(recording.next_samples, states)
+
+
+def in_half_precision(value, dtype):
+    if isinstance(value, list):
+        return [in_half_precision(each, dtype) for each in value]
+    return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_pipeline_runs_in_half_precision(name, dtype):
+    """Every step by itself is as exact as the dtype of its result."""
+    if name in ("ddim", "ddpm") and dtype == torch.bfloat16:
+        pytest.skip("the pipeline hands bfloat16 to numpy, which has none")
+    case = build.__wrapped__(name)
+    for component in case.pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.to(dtype)
+    case.inputs = {key: in_half_precision(value, dtype) for key, value in case.inputs.items()}
+    scheduler = attach(case)
+    image, recording = call(case)
+    assert torch.isfinite(image).all()
+    solver = scheduler.solver_file.solvers[NUM_STEPS]
+    expected = independent_loop(solver, scheduler.config.prediction_type, replace(case, blends=True), recording)
+    for state, wanted in zip(recording.next_samples, expected, strict=True):
+        rounding = torch.finfo(state.dtype).eps
+        torch.testing.assert_close(state.double(), wanted, rtol=rounding, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_ddim_pipeline_replaces_the_scheduler_it_is_given_but_keeps_one_assigned_later():
+    case = build("ddim")
+    scheduler = attach(case)
+    rebuilt = type(case.pipe)(case.pipe.unet, scheduler)
+    assert type(rebuilt.scheduler) is DDIMScheduler
+    rebuilt.scheduler = scheduler
+    assert rebuilt.scheduler is scheduler
+
+
+def test_the_independent_loop_notices_a_coefficient_that_is_off_by_a_hundredth():
+    case = build("flux")
+    scheduler = attach(case)
+    _, recording = call(case)
+    solver = scheduler.solver_file.solvers[NUM_STEPS]
+    coefficients = solver.coefficients + np.diag([-1e-2, 0, 0], -1) + np.diag([0, 1e-2, 0, 0])
+    expected = independent_loop(replace(solver, coefficients=coefficients), "flow_prediction", case, recording)
+    with pytest.raises(AssertionError, match="After step 1"):
+        assert_same_states(recording.next_samples, expected)
+
+
+@pytest.mark.parametrize("name", ["sdxl_inpaint", "sd15_inpaint"])
+def test_an_inpainting_pipeline_noises_what_it_keeps_to_the_nodes_of_the_table(name):
+    """Outside of the mask the state is the image's latents and one noise, at the level of each node."""
+    case = build(name)
+    scheduler = attach(case)
+    solver = scheduler.solver_file.solvers[NUM_STEPS]
+    kept = []
+    add_noise = scheduler.add_noise
+    scheduler.add_noise = lambda *args: kept.append((args, add_noise(*args))) or kept[-1][1]
+    call(case)
+    for step, ((data, noise, _), noised) in enumerate(kept, case.first_step):
+        expected = solver.alphas[step] * data + solver.sigmas[step] * noise
+        torch.testing.assert_close(noised, expected, rtol=0, atol=1e-5, check_dtype=False)
+    # one before the run, and one before each step but the first
+    assert len(kept) == NUM_STEPS - case.first_step
