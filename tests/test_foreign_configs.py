@@ -57,8 +57,9 @@ def test_cogvideox_shifts_the_noise_process(shift, rescale):
         diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction").config,
         diffusers.SCMScheduler().config,
         diffusers.DDPMWuerstchenScheduler().config,
+        diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True).config,
     ],
-    ids=["EDM", "EDM DPM-Solver", "Stable Video Diffusion", "TrigFlow", "Wuerstchen"],
+    ids=["EDM", "EDM DPM-Solver", "Stable Video Diffusion", "TrigFlow", "Wuerstchen", "Mochi"],
 )
 def test_a_config_of_another_kind_of_noise_process_is_refused(config):
     with pytest.raises(ValueError, match="neither.*DDPM.*nor flow matching"):

@@ -9,8 +9,6 @@ Pipeline                      What it does                                  What
 DDIM                          its constructor replaces the scheduler by a   assign `pipe.scheduler = ...`
                               DDIMScheduler of the same config, and so      afterwards
                               does loading it
-LongCat-AudioDiT              its constructor replaces any scheduler that   assign `pipe.scheduler = ...`
-                              is not FlowMatchEuler                         afterwards
 Flux 1 and 2, Qwen-Image,     pass sigmas = 1 - i/N                         nothing: they get the searched table
 Lumina 2, Z-Image, LTX,                                                     of N steps
 HunyuanVideo, Chroma
@@ -26,14 +24,16 @@ ChronoEdit                    drops frames mid-way, of the scheduler's      noth
 SDXL `denoising_end`,         split the run by times on the training scale  pass the same value to both; the
 `denoising_start`                                                           second part begins without history
 CogVideoX, CogView3+,         branch on the scheduler's class               nothing: the branch for others serves
-ConsisID, EasyAnimate, Bria,
+ConsisID, EasyAnimate,
 HiDream
+Bria 1                        passes DDPM's noise levels to all but a few   keep its own
+                              classes, as if they were sigmas
 Stable Cascade, LEDITS++,     demand a scheduler class                      keep theirs
 LTX long multi-prompt, LTX-2
 DFR
-Mochi                         inverts the sigmas, from data to noise        keep its own
-SVD, Stable Audio, Cosmos 1   EDM's or TrigFlow's noise process             keep theirs; `from_config` refuses all
-and 2, Sana-Sprint                                                          but Cosmos 2's
+Mochi, LongCat-AudioDiT       run sigma from 0 to 1                         keep theirs; `from_config` refuses
+SVD, Stable Audio, Cosmos 1   EDM's or TrigFlow's noise process             keep theirs; `from_config` refuses
+and 2, Sana-Sprint
 pipelines that index          need whole times                              a table with whole times
 `alphas_cumprod` with the
 time (SAG, pix2pix-zero,

@@ -143,14 +143,15 @@ def process_from_config(config: Mapping) -> NoiseProcess:
     The noise process that a diffusers scheduler config describes.
 
     Raises:
-        ValueError: If it is of another kind: EDM (SVD, Stable Audio, Cosmos 1), TrigFlow, Wuerstchen.
+        ValueError: If it is of another kind: EDM (SVD, Stable Audio, Cosmos 1 and 2), TrigFlow, Wuerstchen, or flows
+            that run from data to noise (Mochi, LongCat-AudioDiT).
     """
-    kind_keys = {"sigma_data", "scaler"} & config.keys()
-    if kind_keys or config.get("timestep_type") == "continuous":
+    signs = [key for key in ("invert_sigmas", "scaler", "sigma_data") if config.get(key)]
+    if signs or config.get("timestep_type") == "continuous":
         raise ValueError(
             f"The config of {config.get('_class_name', 'this scheduler')} describes neither DDPM's noise process nor "
-            f"flow matching: it has {', '.join(sorted(kind_keys)) or 'continuous timesteps'}. A searched solver is "
-            "for models of those two; keep the pipeline's own scheduler."
+            f"flow matching from noise to data: it has {', '.join(signs) or 'continuous timesteps'}. A searched "
+            "solver is for models of those two; keep the pipeline's own scheduler."
         )
     num_train_timesteps = config.get("num_train_timesteps", 1000)
     if prediction_type_from_config(config) == "flow_prediction":
