@@ -32,6 +32,7 @@ Stable Cascade, LEDITS++,     demand a scheduler class                      keep
 LTX long multi-prompt, LTX-2
 DFR
 Mochi, LongCat-AudioDiT       run sigma from 0 to 1                         keep theirs; `from_config` refuses
+PixArt-Alpha in one step      shows the data that the step predicts         do not search the row sum of one step
 SVD, Stable Audio, Cosmos 1   EDM's or TrigFlow's noise process             keep theirs; `from_config` refuses
 and 2, Sana-Sprint
 pipelines that index          need whole times                              a table with whole times
@@ -293,6 +294,28 @@ def test_ddim_pipeline_replaces_the_scheduler_it_is_given_but_keeps_one_assigned
     assert type(rebuilt.scheduler) is DDIMScheduler
     rebuilt.scheduler = scheduler
     assert rebuilt.scheduler is scheduler
+
+
+@pytest.mark.parametrize("consistent", [True, False], ids=["row sum one", "free row sum"])
+def test_pixart_alpha_shows_the_predicted_data_of_a_single_step(consistent):
+    """It takes the second entry of what the step returns, which is the first one too if the row sums to one."""
+    case = build("pixart_alpha")
+    process = SearchedSolverScheduler.from_config(case.config).process
+    table = SearchedSolver(*time_grid(process, 1), [[1.0 if consistent else 0.9]], "velocity", consistent)
+    case.attach(SearchedSolverScheduler.from_config(case.config, solver=table))
+    decode, latents = case.pipe.vae.decode, []
+    case.pipe.vae.decode = lambda z, *args, **kwargs: latents.append(z) or decode(z, *args, **kwargs)
+    try:
+        image, recording = call(case, num_inference_steps=1)
+    finally:
+        del case.pipe.vae.decode
+    (alpha, _), (sigma, _) = table.alphas, table.sigmas
+    data, _ = data_and_noise("epsilon", recording.outputs[0].double(), recording.samples[0].double(), alpha, sigma)
+    scale = data.abs().max().item()
+    shown = latents[0].double() * case.pipe.vae.config.scaling_factor
+    torch.testing.assert_close(shown, data, rtol=0, atol=1e-5 * scale)
+    assert ((recording.next_samples[0] - data).abs().max() < 1e-5 * scale) == consistent
+    assert torch.isfinite(image).all()
 
 
 def test_the_independent_loop_notices_a_coefficient_that_is_off_by_a_hundredth():

@@ -53,10 +53,10 @@ class TinyPipeline:
         found = (getattr(self.pipe, name, None) for name in (self.network, f"{self.network}_2"))
         return [network for network in found if network is not None]
 
-    def __call__(self, seed: int = 0, **kwargs):
+    def __call__(self, seed: int = 0, num_inference_steps: int = NUM_STEPS):
         """The result of one call as a tensor; the generator begins at `seed`."""
         generator = torch.Generator().manual_seed(seed)
-        result = self.pipe(**self.inputs, num_inference_steps=NUM_STEPS, generator=generator, **kwargs)
+        result = self.pipe(**self.inputs, num_inference_steps=num_inference_steps, generator=generator)
         result = result if torch.is_tensor(result) else result[self.output]
         return torch.as_tensor(result[0] if isinstance(result, list) else result)
 
@@ -477,6 +477,41 @@ def kandinsky22_decoder():
 
 
 @tiny
+def deepfloyd_if():
+    parts = components("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range")
+    network = unet(in_channels=3, out_channels=6)
+    pipe = diffusers.IFPipeline(**parts, unet=network, scheduler=scheduler, requires_safety_checker=False)
+    return TinyPipeline(pipe, {**prompts(8), "height": 8, "width": 8, "output_type": "pt"}, network="unet")
+
+
+@tiny
+def latte():
+    transformer = diffusers.LatteTransformer3DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        caption_channels=8,
+        in_channels=4,
+        cross_attention_dim=8,
+        out_channels=8,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        video_length=2,
+    )
+    pipe = diffusers.LattePipeline(
+        **components("tokenizer", "text_encoder", vae=vae(), transformer=transformer, scheduler=DDIMScheduler())
+    )
+    inputs = {**prompts(8), "negative_prompt": None, "height": 16, "width": 16, "video_length": 2}
+    return TinyPipeline(pipe, {**inputs, "clean_caption": False, "output_type": "pt"}, output="frames")
+
+
+@tiny
 def audioldm2():
     from transformers import GPT2Config, GPT2Model, SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel
 
@@ -505,7 +540,9 @@ def audioldm2():
         **components("text_encoder", "projection_model", "tokenizer", "tokenizer_2", "feature_extractor"),
         # Neither is called, but the pipeline reads the kind of the one and the dtype of the other.
         text_encoder_2=T5EncoderModel(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
-        language_model=GPT2Model(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2)),
+        language_model=GPT2Model(
+            GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        ),
         vae=AutoencoderKL(
             in_channels=1,
             out_channels=1,
