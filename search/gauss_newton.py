@@ -12,6 +12,8 @@ from .rollout import Batch, Run, rollout
 DAMPING = 1e-2
 # Errors beyond this many times the median sample's count by less than their square.
 ROBUSTNESS = 4.0
+# Where most samples are exact already.
+SMALLEST_SCALE = 1e-12
 # Steps tried on one Jacobian at most, and the gain under which a new one is worth more than another step.
 MAX_TRIALS = 5
 MIN_GAIN = 0.03
@@ -44,6 +46,8 @@ def gauss_newton_iteration(
     damping = DAMPING
     model = _LinearModel(family, vector, train, times_only)
     first_loss = model.loss
+    if first_loss == 0:
+        return vector, 0.0
     for _ in range(MAX_TRIALS):
         gain = model.try_step(model.damped_step(damping))
         damping = 4 * damping if gain <= 0 else max(damping / 4, 1e-8)
@@ -78,7 +82,8 @@ class _LinearModel:
             self.jacobians.append(torch.einsum("ep,ebd->pbd", chain.to(columns), columns))
             ends.append(run.end)
         self.residuals = _residuals(ends, train)
-        self.scale = ROBUSTNESS * float(torch.cat([_mean_squares(r) for r in self.residuals]).median().sqrt())
+        median = float(torch.cat([_mean_squares(r) for r in self.residuals]).median().sqrt())
+        self.scale = max(ROBUSTNESS * median, SMALLEST_SCALE)
         self.loss = self._loss(self.residuals)
 
     def _loss(self, residuals: list[torch.Tensor]) -> float:

@@ -156,7 +156,7 @@ def fit_solver(
         before = calls.count
         vector, gain = gauss_newton_iteration(family, vector, train, times_only=False)
         visit(vector, f"everything, iteration {iteration}")
-        if gain < MIN_GAIN or 2 * calls.count - before > max_calls:
+        if not gain >= MIN_GAIN or 2 * calls.count - before > max_calls:
             return min(visited, key=lambda pair: pair[0])[1]
 
 

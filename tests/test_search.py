@@ -310,3 +310,11 @@ def test_a_search_that_cannot_run_says_why_and_writes_nothing(tmp_path, options,
     assert result.returncode != 0
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_any_solver_integrates_exactly_leaves_a_valid_solver():
+    """With a velocity of zero all errors are zero: nothing may be divided by them."""
+    pipe = SiTPipeline.from_pretrained(EXAMPLES / "digits-sit")
+    pipe.transformer.register_forward_hook(lambda module, args, output: (output[0].zero_(),))
+    solver = search_solver(pipe, 4, conditions(1.0), num_samples=4, teacher_steps=8)
+    assert np.isfinite(solver.coefficients).all()
