@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from hub_server import TOKEN, Hub
+from tiny_pipelines import build
 
 from diffusers_searched_solver import (
     SearchedSolver,
@@ -386,22 +385,7 @@ def test_pushing_without_the_right_token_is_refused(hub, online, tmp_path):
 def pipeline_folder(tmp_path_factory):
     """A small DiT pipeline whose index names DDIM, and in whose scheduler folder our solver lies too."""
     folder = tmp_path_factory.mktemp("pipeline")
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        sample_size=4,
-        num_layers=1,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        in_channels=4,
-        out_channels=8,
-        num_embeds_ada_norm=1000,
-        activation_fn="gelu-approximate",
-        norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-    )
-    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
-    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
+    build("dit").pipe.save_pretrained(folder)
     scheduler("in the pipeline").save_pretrained(folder / "scheduler")
     return folder
 
@@ -445,4 +429,4 @@ def test_a_pipeline_repository_takes_our_scheduler_in_place_of_its_own(hub, onli
     hub.commit("org/pipe", files(pipeline_folder))
     ours = f"SearchedSolverScheduler.from_pretrained({REPO!r}, cache_dir={cache!r})"
     pipe = f"DiffusionPipeline.from_pretrained('org/pipe', scheduler={ours}, cache_dir={cache!r})"
-    assert online(f"{pipe}([1], num_inference_steps=3).images[0].size  #") == [4, 4]
+    assert online(f"{pipe}([1], num_inference_steps=3).images[0].size  #") == [16, 16]

@@ -11,10 +11,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers import FlowMatchEulerDiscreteScheduler as FlowMatchEuler
 from diffusers.modular_pipelines import ComponentSpec
 from diffusers.utils.import_utils import is_torchsde_available
+from tiny_pipelines import build
 
 import diffusers_searched_solver
 from diffusers_searched_solver import (
@@ -181,23 +182,7 @@ def test_a_copy_made_during_a_run_finishes_it_alone(scheduler, duplicate):
 
 @pytest.fixture(scope="module")
 def dit():
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        sample_size=4,
-        num_layers=1,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        in_channels=4,
-        out_channels=8,
-        num_embeds_ada_norm=1000,
-        attention_bias=True,
-        activation_fn="gelu-approximate",
-        norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-    )
-    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
-    return DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
+    return build("dit").pipe
 
 
 LOAD_AND_SHOW = """

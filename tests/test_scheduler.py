@@ -295,9 +295,14 @@ def test_from_config_takes_a_solver_however_it_is_given(tmp_path, spelling):
     assert scheduler.config.shift == 3.0
 
 
-def test_a_solver_that_is_nowhere_is_refused():
-    with pytest.raises(FileNotFoundError, match="No solver file at 'nowhere'.*expected a path or one of dit-xl-2-256"):
-        SearchedSolverScheduler.from_config(FLOW_CONFIG, solver="nowhere")
+@pytest.mark.parametrize(
+    "place", ["nowhere", "nowhere/sit-xl-2-256"], ids=["name", "path that ends in a bundled name"]
+)
+def test_a_solver_that_is_nowhere_is_refused(place):
+    with pytest.raises(
+        FileNotFoundError, match=f"No solver file at '{place}'.*expected a path or one of dit-xl-2-256"
+    ):
+        SearchedSolverScheduler.from_config(FLOW_CONFIG, solver=place)
 
 
 def test_a_folder_with_a_broken_solver_file_is_refused(tmp_path):

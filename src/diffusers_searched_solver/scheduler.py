@@ -517,7 +517,9 @@ def _carry_over(file: SolverFile, process) -> SolverFile:
 
 
 def _find_solver_file(path: Path) -> SolverFile:
-    candidates = [path, path / SOLVER_FILE, BUNDLED_SOLVERS / path.name / SOLVER_FILE]
+    candidates = [path, path / SOLVER_FILE]
+    if str(path) in list_bundled_solvers():
+        candidates.append(BUNDLED_SOLVERS / path / SOLVER_FILE)
     for candidate in candidates:
         if candidate.is_file():
             return load_solver_file(candidate)
