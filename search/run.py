@@ -233,8 +233,10 @@ def _publish(aside: Path, output_dir: Path):
 
 def _inference_memory(pipe: DiffusionPipeline, condition: dict, args) -> float:
     """Peak memory after an ordinary run of as many samples as one call of the search has."""
-    batch = make_batches(pipe, [condition], list(range(args.batch_size)), args.batch_size, 8, NetworkCalls(pipe))
-    batch[0].field.close()
+    calls = NetworkCalls(pipe)
+    for batch in make_batches(pipe, [condition], list(range(args.batch_size)), args.batch_size, 8, calls):
+        batch.field.close()
+    calls.remove()
     return _peak_memory(pipe.device)
 
 

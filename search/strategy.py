@@ -61,12 +61,14 @@ def search_solver(
         FieldError: If the pipeline's call fails.
     """
     check_settings([num_steps], conditions, num_samples, teacher_steps, batch_size, fitter)
-    calls = NetworkCalls(pipe)
+    calls, train, held_out = NetworkCalls(pipe), [], []
     try:
         train, held_out = search_batches(pipe, conditions, num_samples, seed, teacher_steps, batch_size, calls)
         return fit_solver(train, held_out, num_steps, calls, max_calls, log)
     finally:
         calls.remove()
+        for batch in [*train, *held_out]:
+            batch.field.close()
 
 
 def check_settings(step_counts, conditions, num_samples, teacher_steps, batch_size, fitter):

@@ -173,6 +173,7 @@ def test_the_teacher_is_far_more_accurate_than_any_few_step_solver(pipe, calls):
 
 def test_the_same_seed_gives_the_same_solver(pipe):
     first, second = (search_solver(pipe, 3, conditions(1.0), num_samples=4, seed=3, teacher_steps=8) for _ in range(2))
+    assert not pipe.transformer._forward_pre_hooks
     assert np.array_equal(first.coefficients, second.coefficients)
     assert np.array_equal(first.timesteps, second.timesteps)
 
