@@ -44,7 +44,7 @@ def official(name: str) -> tuple[SiTTransformer2DModel, dict[str, torch.Tensor]]
         num_attention_heads=4,
         attention_head_dim=8,
         num_classes=10,
-        return_sigma=name == "dit",
+        prediction_type="epsilon" if name == "dit" else "flow_prediction",
     )
     model.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("w.")})
     return model.eval(), tensors
@@ -310,9 +310,9 @@ def test_a_scheduler_that_is_not_for_flow_matching_is_refused(scheduler):
     [
         ({"sample_size": 9}, "`sample_size` is 9"),
         ({"num_attention_heads": 3, "attention_head_dim": 2}, "is 6, which is no multiple of 4"),
-        ({"learn_sigma": False, "return_sigma": True}, "no second half of outputs"),
+        ({"prediction_type": "v_prediction"}, "`prediction_type` is 'v_prediction'"),
     ],
-    ids=["size", "width", "sigma"],
+    ids=["size", "width", "prediction type"],
 )
 def test_a_network_that_cannot_be_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

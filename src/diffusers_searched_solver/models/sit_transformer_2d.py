@@ -41,13 +41,14 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         num_classes (`int`, defaults to 1000): Number of classes. The id `num_classes` is the null class.
         learn_sigma (`bool`, defaults to `True`): Whether the network has twice `in_channels` outputs, as the released
             SiT-XL/2 and DiT-XL/2 do.
-        return_sigma (`bool`, defaults to `False`): Whether the second half of those outputs is returned (DiT) or
-            dropped (SiT).
+        prediction_type (`str`, defaults to `"flow_prediction"`): What the network predicts, and so what it is:
+            `"flow_prediction"` for SiT, which returns the first `in_channels` outputs alone, or `"epsilon"` for DiT,
+            which returns all of them, noise and then its learned variance.
         norm_eps (`float`, defaults to 1e-6): Added to the variance in the norms of the blocks.
 
     Raises:
         `ValueError`: If `sample_size` is not a multiple of `patch_size`, the width is not a multiple of four, or
-            `return_sigma` is asked of a network without `learn_sigma`.
+            `prediction_type` is neither of the two.
 
     Source:
         Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers",
@@ -69,7 +70,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         learn_sigma: bool = True,
-        return_sigma: bool = False,
+        prediction_type: str = "flow_prediction",
         norm_eps: float = 1e-6,
     ):
         super().__init__()
@@ -84,10 +85,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
                 f"`num_attention_heads` times `attention_head_dim` is {width}, which is no multiple of 4. The position"
                 " table needs sine and cosine of both axes: choose other heads."
             )
-        if return_sigma and not learn_sigma:
+        if prediction_type not in ("flow_prediction", "epsilon"):
             raise ValueError(
-                "`return_sigma` is True, but the network has no second half of outputs. Pass `learn_sigma=True`, or"
-                " leave `return_sigma` out."
+                f"`prediction_type` is {prediction_type!r}. Pass 'flow_prediction' for SiT, or 'epsilon' for DiT."
             )
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.gradient_checkpointing = False
@@ -118,7 +118,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
 
         Returns:
             `Transformer2DModelOutput` with `sample` of shape `(batch, channels, sample_size, sample_size)`, or a tuple
-            with that tensor alone. SiT predicts data - noise, DiT noise (and, with `return_sigma`, its variance).
+            with that tensor alone. SiT predicts data - noise, DiT noise (and, with `learn_sigma`, its variance).
 
         Raises:
             `ValueError`: If the latent is not `sample_size` wide and high.
@@ -141,7 +141,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         rows = size // patch
         sample = h.unflatten(1, (rows, rows)).unflatten(3, (patch, patch, self.out_channels))
         sample = sample.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, size, size)
-        if self.config.learn_sigma and not self.config.return_sigma:
+        if self.config.prediction_type == "flow_prediction":
             sample = sample[:, : self.config.in_channels]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
