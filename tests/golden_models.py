@@ -1,0 +1,26 @@
+"""Tiny networks with the weights of the official code, and what that code makes of their inputs."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from diffusers_searched_solver.models import SiTTransformer2DModel
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def official(name: str) -> tuple[SiTTransformer2DModel, dict[str, torch.Tensor]]:
+    """Return the model with the official weights of a fixture, and the fixture's tensors."""
+    tensors = load_file(FIXTURES / f"{name}_tiny.safetensors")
+    model = SiTTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_classes=10,
+        prediction_type="epsilon" if name == "dit" else "flow_prediction",
+    )
+    model.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("w.")})
+    return model.eval(), tensors
