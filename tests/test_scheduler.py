@@ -141,6 +141,35 @@ def test_a_schedule_that_is_none_is_refused(arguments):
         searched(FLOW_CONFIG).set_timesteps(**arguments)
 
 
+@pytest.mark.parametrize("num_steps", [0, -4])
+def test_a_step_count_below_one_is_refused(num_steps):
+    with pytest.raises(ValueError, match=f"`num_inference_steps` is {num_steps}, expected at least 1"):
+        SearchedSolverScheduler.from_config(FLOW_CONFIG).set_timesteps(num_steps)
+
+
+@pytest.mark.parametrize(
+    ("config", "schedule", "message"),
+    [
+        (VP_CONFIG, {"timesteps": [float("nan"), 1.0]}, r"`timesteps` is \[nan, 1.0\], expected falling numbers"),
+        (VP_CONFIG, {"timesteps": [5000.0, 1.0]}, "from at most 999 to at least 0"),
+        (VP_CONFIG, {"timesteps": []}, r"`timesteps` is \[\]"),
+        (VP_CONFIG, {"timesteps": [1.0, 900.0]}, "must run from noise to data"),
+        (FLOW_CONFIG, {"sigmas": [1.0, float("nan")]}, r"`sigmas` is \[1.0, nan\]"),
+        (FLOW_CONFIG, {"sigmas": [2.0, 1.0]}, "from at most 1 to at least 0"),
+    ],
+    ids=["nan time", "time beyond the process", "no time", "rising times", "nan sigma", "sigma beyond 1"],
+)
+def test_an_explicit_schedule_that_is_none_is_refused(config, schedule, message):
+    with pytest.raises(ValueError, match=message):
+        SearchedSolverScheduler.from_config(config).set_timesteps(**schedule)
+
+
+def test_a_shift_that_is_not_positive_is_refused():
+    scheduler = SearchedSolverScheduler(prediction_type="flow_prediction", use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="`shift` is nan, expected a positive number"):
+        scheduler.set_timesteps(4, mu=float("nan"))
+
+
 def test_flow_sigmas_make_no_schedule_for_a_variance_preserving_model():
     with pytest.raises(ValueError, match="`sigmas` is a schedule for flow-matching models.*Pass `timesteps`"):
         searched(VP_CONFIG).set_timesteps(sigmas=[0.9, 0.3])
@@ -212,8 +241,16 @@ def test_the_second_output_is_the_data_that_the_prediction_points_at():
         x = scheduler.add_noise(data, noise, t)
         output = noise - data if config is FLOW_CONFIG else noise
         scheduler.set_begin_index(1)
-        result = scheduler.step(output, t, x, return_dict=False)
-        torch.testing.assert_close(result[1], data, rtol=0, atol=1e-4)
+        result = scheduler.step(output, t, x)
+        torch.testing.assert_close(result.pred_original_sample, data, rtol=0, atol=1e-4)
+
+
+def test_a_tuple_has_the_data_in_a_run_of_one_step_alone_where_a_distilled_pixart_takes_it():
+    for num_steps, length in ((1, 2), (2, 1)):
+        scheduler = SearchedSolverScheduler.from_config(VP_CONFIG)
+        scheduler.set_timesteps(num_steps)
+        outputs = scheduler.step(torch.randn(1, 3), scheduler.timesteps[0], torch.randn(1, 3), return_dict=False)
+        assert len(outputs) == length
 
 
 def test_a_timestep_of_the_schedule_stands_for_its_node_and_any_other_for_the_process():
@@ -346,6 +383,29 @@ def test_a_step_after_the_last_is_refused():
     x = run(scheduler, torch.zeros(1))
     with pytest.raises(RuntimeError, match="`step` was called 5 times in a run of 4 steps"):
         scheduler.step(x, scheduler.timesteps[-1], x)
+
+
+def test_a_step_out_of_order_is_refused():
+    scheduler = searched(FLOW_CONFIG)
+    scheduler.set_timesteps(4)
+    x = scheduler.step(torch.zeros(1), scheduler.timesteps[0], torch.zeros(1)).prev_sample
+    with pytest.raises(RuntimeError, match="timestep 2 of the schedule where timestep 1 is due.*`set_timesteps`"):
+        scheduler.step(x, scheduler.timesteps[2], x)
+
+
+@pytest.mark.parametrize("begin_index", [-1, 4])
+def test_a_begin_that_the_schedule_lacks_is_refused(begin_index):
+    scheduler = searched(FLOW_CONFIG)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match=f"`begin_index` is {begin_index}, expected 0 to 3"):
+        scheduler.set_begin_index(begin_index)
+
+
+def test_a_timestep_that_is_no_number_is_refused():
+    scheduler = searched(FLOW_CONFIG)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="`timestep` is nan, expected an element of `timesteps`"):
+        scheduler.step(torch.zeros(1), float("nan"), torch.zeros(1))
 
 
 def test_outputs_of_another_shape_are_refused():

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch._dynamo.testing import CompileCounter
 
-from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePreserving, time_grid
+from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePreserving, tensor_step, time_grid
 from diffusers_searched_solver.process import PREDICTION_TYPES, convert_prediction
 
 
@@ -198,6 +199,33 @@ def test_half_precision_is_accumulated_in_float32(dtype):
     result = solver.step(x, [prediction], 0)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result, solver.step(x.float(), [prediction.float()], 0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "flow_prediction"])
+def test_the_pure_function_makes_the_same_run(frame, prediction_type):
+    solver = random_solver(PROCESSES["vp"], frame, consistent=False)
+    table, x = solver.update_table(prediction_type), torch.randn(2, 5, dtype=torch.float64)
+
+    def network(x, t):
+        return torch.sin(x + t / 300)
+
+    state, history = x, torch.zeros(solver.num_steps, *x.shape, dtype=torch.float64)
+    for i, t in enumerate(solver.timesteps):
+        state, history = tensor_step(state, network(state, t), history, torch.tensor([i]), table)
+    torch.testing.assert_close(state, run(solver, network, x, prediction_type), rtol=1e-12, atol=1e-12)
+
+
+def test_one_compiled_graph_of_the_pure_function_serves_all_rows_of_all_solvers():
+    graphs = CompileCounter()
+    compiled = torch.compile(tensor_step, backend=graphs, fullgraph=True)
+    for frame in FRAMES:
+        solver = random_solver(PROCESSES["flow"], frame)
+        table = solver.update_table("flow_prediction").float()
+        x, history = torch.randn(2, 5), torch.zeros(solver.num_steps, 2, 5)
+        for i in range(solver.num_steps):
+            x, history = compiled(x, x, history, torch.tensor([i]), table)
+    assert graphs.frame_count == 1
 
 
 def test_tables_cannot_be_changed():

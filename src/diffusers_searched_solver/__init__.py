@@ -6,7 +6,7 @@ from diffusers import SchedulerMixin
 from .process import FlowMatching, NoiseProcess, VariancePreserving, process_from_config, time_grid
 from .scheduler import SearchedSolverScheduler, list_bundled_solvers
 from .serialization import SolverFile, SolverFileError, load_solver_file, save_solver_file
-from .solver import SearchedSolver
+from .solver import SearchedSolver, tensor_step
 
 
 # So that saved pipelines name the package and not a private module.
@@ -25,5 +25,6 @@ __all__ = [
     "load_solver_file",
     "process_from_config",
     "save_solver_file",
+    "tensor_step",
     "time_grid",
 ]

@@ -223,7 +223,12 @@ def time_grid(
 
     Returns:
         `timesteps` (N), `alphas` (N+1), `sigmas` (N+1), float64.
+
+    Raises:
+        ValueError: If `shift` is not positive.
     """
+    if not shift > 0:
+        raise ValueError(f"`shift` is {shift}, expected a positive number.")
     u = 1 - np.arange(num_steps) / num_steps
     return _grid_on(process, process.max_timestep * start * np.minimum(shift * u / (1 + (shift - 1) * u), 1))
 

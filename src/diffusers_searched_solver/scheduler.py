@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import operator
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,10 +261,13 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
 
         Raises:
             ValueError: If there is no solver for so many steps, or no valid schedule is given.
+            TypeError: If `num_inference_steps` is not a whole number.
         """
         explicit = timesteps if timesteps is not None else sigmas
         if sigmas is not None and timesteps is None and _is_default_grid(sigmas):
             num_inference_steps, explicit = len(sigmas), None
+        if num_inference_steps is not None and operator.index(num_inference_steps) < 1:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, expected at least 1.")
         if explicit is not None:
             self._solver = self._classical_on(timesteps, sigmas, mu)
         elif num_inference_steps is None:
@@ -298,6 +302,12 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
                 "An explicit schedule was passed, which the searched solver does not have: a classical second-order "
                 "multistep solver runs on it. Pass only `num_inference_steps` to use the searched one."
             )
+        for name, schedule, maximum in (("timesteps", timesteps, self.process.max_timestep), ("sigmas", sigmas, 1.0)):
+            values = np.ones(1) if schedule is None else _to_numpy(schedule)
+            if not (values.size and (values >= 0).all() and (values <= maximum).all()):
+                raise ValueError(
+                    f"`{name}` is {values.tolist()}, expected falling numbers from at most {maximum:g} to at least 0."
+                )
         if sigmas is None:
             timesteps = _to_numpy(timesteps)
             alphas, sigmas = self.process.alpha_sigma(timesteps)
@@ -321,7 +331,17 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             logger.warning(message)
 
     def set_begin_index(self, begin_index: int = 0):
-        """Start the next run at this step, as image-to-image pipelines do."""
+        """
+        Start the next run at this step, as image-to-image pipelines do.
+
+        Raises:
+            ValueError: If the schedule has no such step.
+        """
+        if self._solver is not None and not 0 <= begin_index < self.num_inference_steps:
+            raise ValueError(
+                f"`begin_index` is {begin_index}, expected 0 to {self.num_inference_steps - 1} in a run of "
+                f"{self.num_inference_steps} steps. Call `set_timesteps` first for another number of steps."
+            )
         self._begin_index = begin_index
 
     @property
@@ -341,10 +361,17 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         The elements of `self.timesteps` are recognised by their place in memory, which costs no device
         synchronisation.
         """
-        if torch.is_tensor(timestep) and timestep.ndim == 0:
-            if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
-                return timestep.storage_offset()
+        if self._is_of_schedule(timestep):
+            return timestep.storage_offset()
+        if math.isnan(timestep):
+            raise ValueError("`timestep` is nan, expected an element of `timesteps`.")
         return int(abs(self._solver.timesteps - float(timestep)).argmin())
+
+    def _is_of_schedule(self, timestep) -> bool:
+        """Whether `timestep` is an element of `self.timesteps` itself, not a copy."""
+        if not torch.is_tensor(timestep) or timestep.ndim:
+            return False
+        return timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
 
     # A run
 
@@ -383,10 +410,11 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             return_dict (`bool`): Whether to return a [`SearchedSolverSchedulerOutput`] rather than a tuple.
 
         Returns:
-            The sample at the next node, in `model_output`'s dtype, and the data this prediction points at.
+            The sample at the next node, in `model_output`'s dtype, and the data this prediction points at; a tuple has
+            the data only in a run of one step.
 
         Raises:
-            RuntimeError: Before `set_timesteps`, or after the last step.
+            RuntimeError: Before `set_timesteps`, out of order, or after the last step.
             ValueError: If shapes differ.
             NotImplementedError: If noise is asked for.
         """
@@ -406,24 +434,30 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         prediction = solver.prediction(model_output, sample, index, self.config.prediction_type)
         self.model_outputs.append(prediction)
         prev_sample = solver.step(sample, self.model_outputs, index).to(model_output.dtype)
-        data = solver.data(prediction, sample, index).to(model_output.dtype)
         self._step_index = index + 1
         if self._step_index == self.num_inference_steps:
             self.model_outputs = []
-        if not return_dict:
-            return prev_sample, data
-        return SearchedSolverSchedulerOutput(prev_sample, data)
+        # Two passes over memory that the loops of pipelines have no use for, but for PixArt's in one step.
+        if not return_dict and self.num_inference_steps > 1:
+            return (prev_sample,)
+        data = solver.data(prediction, sample, index).to(model_output.dtype)
+        return SearchedSolverSchedulerOutput(prev_sample, data) if return_dict else (prev_sample, data)
 
     def _next_index(self, timestep) -> int:
         if self._solver is None:
             raise RuntimeError("`step` was called before `set_timesteps`; call `set_timesteps(num_steps)` first.")
         index = self._step_index
         if index is None:
-            index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+            return self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         if index >= self.num_inference_steps:
             raise RuntimeError(
                 f"`step` was called {index + 1} times in a run of {self.num_inference_steps} steps. Call "
                 "`set_timesteps` to begin another run."
+            )
+        if self._is_of_schedule(timestep) and timestep.storage_offset() != index:
+            raise RuntimeError(
+                f"`step` was called with timestep {timestep.storage_offset()} of the schedule where timestep {index} "
+                "is due: each step needs the predictions of those before it. Call `set_timesteps` to begin another run."
             )
         return index
 

@@ -86,10 +86,13 @@ class SearchedSolver:
         return self._convert(prediction, sample, index, FRAME_PREDICTIONS[self.frame], "sample")
 
     def _convert(self, output, sample, index: int, source: str, target: str) -> torch.Tensor:
-        u, w = convert_prediction(source, target, float(self.alphas[index]), float(self.sigmas[index]))
+        u, w = self._conversion(index, source, target)
         if u == 0:
             return output if w == 1 else output * w
         return _weighted_sum(sample, u, [output], [w])
+
+    def _conversion(self, index: int, source: str, target: str) -> tuple[float, float]:
+        return convert_prediction(source, target, float(self.alphas[index]), float(self.sigmas[index]))
 
     def step(self, sample: torch.Tensor, history: Sequence[torch.Tensor], index: int) -> torch.Tensor:
         """
@@ -110,6 +113,19 @@ class SearchedSolver:
         if missing:
             weights = (sum(weights[: missing + 1]), *weights[missing + 1 :])
         return _weighted_sum(sample, state_weight, history, weights)
+
+    def update_table(self, prediction_type: str) -> torch.Tensor:
+        """
+        Every number of a run as one tensor, for [`tensor_step`].
+
+        Returns:
+            `torch.Tensor`, shape (N, N + 3), float64: Row i is u, w, a, b_0 ... b_(N-1) of step i.
+        """
+        table = torch.zeros(self.num_steps, self.num_steps + 3, dtype=torch.float64)
+        for i, (state_weight, weights) in enumerate(self._weights):
+            u, w = self._conversion(i, prediction_type, FRAME_PREDICTIONS[self.frame])
+            table[i, : i + 4] = torch.tensor([u, w, state_weight, *weights], dtype=torch.float64)
+        return table
 
     @classmethod
     def adams_bashforth(cls, timesteps, alphas, sigmas, frame: str, order: int) -> "SearchedSolver":
@@ -148,6 +164,31 @@ class SearchedSolver:
             times = (times - times[-2]) / (times[-1] - times[-2])
             coefficients[i, first : i + 1] = _integrated_lagrange(times[:-1])
         return cls(timesteps, alphas, sigmas, coefficients, frame)
+
+
+def tensor_step(
+    sample: torch.Tensor, model_output: torch.Tensor, history: torch.Tensor, index: torch.Tensor, table: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Convert an output and advance, as a pure function of tensors: one graph serves all steps of all solvers of N steps,
+    so a whole loop can go through `torch.compile` or into a CUDA graph.
+
+        p_i = u_i * x + w_i * m,    x' = a_i * x + sum_j b_ij * p_j
+
+    Args:
+        sample, model_output (`torch.Tensor`): x and m, of one shape.
+        history (`torch.Tensor`, shape (N, *sample.shape)): p_0 ... p_(i-1) and zeros; all zeros before the first step.
+        index (`torch.Tensor`, shape (1,), int64): i.
+        table (`torch.Tensor`, shape (N, N + 3)): [`SearchedSolver.update_table`], in the dtype of the arithmetic and of
+            `history`, on the sample's device.
+
+    Returns:
+        x' in the sample's dtype, and the history with p_i.
+    """
+    row = table.index_select(0, index)[0]
+    x = sample.to(table.dtype)
+    history = history.index_copy(0, index, (row[0] * x + row[1] * model_output)[None])
+    return (row[2] * x + torch.tensordot(row[3:], history, dims=1)).to(sample.dtype), history
 
 
 def _weighted_sum(
