@@ -29,8 +29,8 @@ def compare(
 
     Returns:
         One row a family, best first: `solver`, `setting`, `endpoint_error` (root mean square over samples),
-        `median_error`, and, but for the searched one, `ratio` of the searched error to this and `ratio_interval`, its
-        95 % bootstrap interval over samples.
+        `error_interval`, its 95 % bootstrap interval over samples, `median_error`, and, but for the searched one,
+        `ratio` of the searched error to this, with its `ratio_interval`.
     """
     num_steps = solver.num_steps
     searched = endpoint_errors(evaluation, solver)
@@ -68,19 +68,29 @@ def _row(solver: str, setting: str, errors: torch.Tensor) -> dict:
         "solver": solver,
         "setting": setting,
         "endpoint_error": root_mean_square(errors),
+        "error_interval": _interval(np.sqrt(_resampled_mean_squares(errors))),
         "median_error": float(errors.median()),
     }
 
 
 def _ratio(searched: torch.Tensor, baseline: torch.Tensor) -> dict:
     """The ratio of two solvers' errors on the same samples, and how much it depends on which samples these are."""
-    squares = torch.stack([searched, baseline]).square().cpu().numpy()
-    draws = np.random.default_rng(0).integers(squares.shape[1], size=(BOOTSTRAP_DRAWS, squares.shape[1]))
-    means = squares[:, draws].mean(-1)
     return {
-        "ratio": float(np.sqrt(squares[0].mean() / squares[1].mean())),
-        "ratio_interval": np.quantile(np.sqrt(means[0] / means[1]), [0.025, 0.975]).tolist(),
+        "ratio": float((searched.square().mean() / baseline.square().mean()).sqrt()),
+        "ratio_interval": _interval(np.sqrt(_resampled_mean_squares(searched) / _resampled_mean_squares(baseline))),
     }
+
+
+def _resampled_mean_squares(errors: torch.Tensor) -> np.ndarray:
+    """The mean square of each bootstrap draw; draw k takes the same samples for every solver."""
+    squares = errors.square().cpu().numpy()
+    draws = np.random.default_rng(0).integers(len(squares), size=(BOOTSTRAP_DRAWS, len(squares)))
+    return squares[draws].mean(-1)
+
+
+def _interval(draws: np.ndarray) -> list[float]:
+    """The middle 95 %."""
+    return np.quantile(draws, [0.025, 0.975]).tolist()
 
 
 def is_diffusers_scheduler(row: Mapping) -> bool:

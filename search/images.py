@@ -1,17 +1,89 @@
-"""A grid of images: the same noise under the teacher, the best baseline and the searched solver."""
+"""Images of the same noise under the teacher, diffusers' schedulers and the searched solver."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image, ImageChops, ImageDraw
 
+from diffusers_searched_solver import SearchedSolverScheduler
+
+from .baselines import diffusers_schedulers
+from .evaluate import is_diffusers_scheduler
+from .teacher import teacher_solver
+
 
 MIN_TILE = 64
 LABEL_WIDTH = 330
 ERROR_GAIN = 8
 BACKGROUND, INK = (255, 255, 255), (20, 20, 20)
+
+
+@dataclass(frozen=True)
+class SampleImages:
+    """
+    Images of the same noises under several samplers, all of one size.
+
+    Args:
+        captions: What each image was asked to show.
+        teacher_steps (`int`): Steps of the teacher.
+        teacher: Its images.
+        samples: By number of steps and sampler, the images: the best of diffusers' schedulers first, "searched" last.
+    """
+
+    captions: Sequence[str]
+    teacher_steps: int
+    teacher: Sequence[Image.Image]
+    samples: Mapping[int, Mapping[str, Sequence[Image.Image]]]
+
+
+def draw_samples(
+    pipe: DiffusionPipeline,
+    scheduler: SearchedSolverScheduler,
+    conditions: Sequence[Mapping],
+    seeds: Sequence[int],
+    tables: Mapping[int, Sequence[Mapping]],
+    teacher_steps: int,
+) -> SampleImages:
+    """
+    Sample the pipeline with the teacher, and with what each table of results says is worth looking at: the best of
+    diffusers' schedulers, its first-order one and the searched solver.
+
+    Args:
+        scheduler: Runs the searched solver.
+        conditions, seeds: Keyword arguments of a call and the seed of its noise, for each image.
+        tables: By number of steps, the rows of `evaluate.compare`.
+
+    Raises:
+        TypeError: If the pipeline does not make images.
+    """
+    config = pipe.scheduler.config
+    families = diffusers_schedulers(config)
+    first_order = next(iter(families))
+
+    def draw(with_scheduler: SchedulerMixin, num_steps: int) -> list[Image.Image]:
+        pairs = zip(conditions, seeds, strict=True)
+        return [sample_images(pipe, with_scheduler, kwargs, [seed], num_steps)[0] for kwargs, seed in pairs]
+
+    teacher = teacher_solver(scheduler.process, teacher_steps)
+    goal = draw(SearchedSolverScheduler.from_config(config, solver=teacher), teacher_steps)
+    samples = {}
+    for num_steps, table in tables.items():
+        rivals = [row for row in table if is_diffusers_scheduler(row)]
+        shown = [rivals[0], *(row for row in rivals[1:] if row["solver"] == first_order)]
+        contenders = {row["solver"]: families[row["solver"]][row["setting"]] for row in shown}
+        contenders["searched"] = scheduler
+        samples[num_steps] = {name: draw(contender, num_steps) for name, contender in contenders.items()}
+    return SampleImages([_caption(kwargs) for kwargs in conditions], teacher_steps, goal, samples)
+
+
+def _caption(call_kwargs: Mapping) -> str:
+    """The prompt, or the class label, or nothing."""
+    if "prompt" in call_kwargs:
+        return str(call_kwargs["prompt"])
+    return " ".join(f"class {label}" for label in call_kwargs.get("class_labels", ()))
 
 
 def sample_images(
@@ -46,13 +118,22 @@ def error_images(images: Sequence[Image.Image], goals: Sequence[Image.Image]) ->
     ]
 
 
-def image_grid(rows: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+def image_grid(images: SampleImages) -> Image.Image:
     """
-    Rows of images, each with its label to the left.
+    One picture: the teacher, then for each step count the best of diffusers' schedulers and the searched solver, with
+    their errors. Small images are enlarged.
+    """
+    rows = {f"teacher, {images.teacher_steps} steps": images.teacher}
+    for num_steps, samples in images.samples.items():
+        for name in (next(iter(samples)), "searched"):
+            rows[f"{name}, {num_steps} steps"] = samples[name]
+            errors = error_images(samples[name], images.teacher)
+            rows[f"  its error x {ERROR_GAIN}, {num_steps} steps, {name}"] = errors
+    return _labelled_rows(rows)
 
-    Args:
-        rows: Labels and images; all rows of one length, all images of one size. Small images are enlarged.
-    """
+
+def _labelled_rows(rows: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+    """Rows of images, each with its label to the left."""
     width, height = next(iter(rows.values()))[0].size
     scale = int(np.ceil(MIN_TILE / min(width, height)))
     tile, gap = (width * scale, height * scale), 4

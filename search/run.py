@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, SolverFile
-from search.baselines import diffusers_schedulers
-from search.evaluate import compare, format_table, is_diffusers_scheduler
+from search.baselines import classical_solvers
+from search.evaluate import compare, format_table
 from search.field import FieldError, NetworkCalls
-from search.images import ERROR_GAIN, error_images, image_grid, sample_images
+from search.images import SampleImages, draw_samples, image_grid
 from search.loading import HUB_NAMES, build_conditions, load_pipeline
 from search.strategy import (
     BATCH_SIZE,
@@ -41,7 +41,8 @@ from search.strategy import (
     search_batches,
     split_seeds,
 )
-from search.teacher import make_batches, teacher_solver
+from search.teacher import make_batches
+from search.trajectory import compare_trajectories, teacher_trajectory
 
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None):
         inference_memory = _inference_memory(pipe, conditions[0], args)
         solvers, search = run_search(pipe, conditions, args)
         search["peak_memory_over_inference"] = _peak_memory(accelerator.device) / inference_memory
-        tables = run_evaluation(pipe, conditions, solvers, args)
+        tables, trajectories = run_evaluation(pipe, conditions, solvers, args)
         report = {
             "command": shlex.join(["accelerate", "launch", "search/run.py", *(arguments or sys.argv[1:])]),
             "pipeline": args.pipeline,
@@ -110,12 +111,15 @@ def main(arguments: list[str] | None = None):
                 "num_samples": args.num_eval_samples,
                 "teacher_steps": EVALUATION_TEACHER * args.teacher_steps,
                 "results": {str(n): rows for n, rows in tables.items()},
+                "trajectories": {str(n): rows for n, rows in trajectories.items()},
             },
         }
         scheduler = _scheduler(pipe, solvers, report)
         scheduler.save_pretrained(aside)
         Path(aside, "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        _save_images(pipe, scheduler, conditions, tables, args, Path(aside))
+        images = _draw_images(pipe, scheduler, conditions, tables, args)
+        if images is not None:
+            image_grid(images).save(Path(aside, "images.png"))
         _publish(Path(aside), args.output_dir)
     print(f"\nWrote {args.output_dir}. Use it with\n  from diffusers_searched_solver import SearchedSolverScheduler")
     print(f"  pipe.scheduler = SearchedSolverScheduler.from_pretrained({str(args.output_dir)!r})")
@@ -153,8 +157,10 @@ def run_search(pipe: DiffusionPipeline, conditions: list[dict], args) -> tuple[d
     return solvers, search
 
 
-def run_evaluation(pipe: DiffusionPipeline, conditions: list[dict], solvers, args) -> dict[int, list[dict]]:
-    """Rows of `compare` for each step count, also printed."""
+def run_evaluation(
+    pipe: DiffusionPipeline, conditions: list[dict], solvers, args
+) -> tuple[dict[int, list[dict]], dict[int, list[dict]]]:
+    """Rows of `compare`, also printed, and of `compare_trajectories`, for each step count."""
     teacher_steps = EVALUATION_TEACHER * args.teacher_steps
     with tqdm(desc="evaluation", unit=" calls", disable=None, smoothing=0) as progress:
         calls = NetworkCalls(pipe, progress.update)
@@ -164,7 +170,9 @@ def run_evaluation(pipe: DiffusionPipeline, conditions: list[dict], solvers, arg
             )
             for split, count in ((TUNING_SEEDS, TUNING_SAMPLES), (EVALUATION_SEEDS, args.num_eval_samples))
         )
-        tables = {}
+        progress.set_description("evaluation, the teacher's trajectory")
+        teacher = teacher_trajectory(evaluation[0], teacher_steps)
+        tables, trajectories = {}, {}
         for num_steps, solver in solvers.items():
             progress.set_description(f"evaluation, {num_steps} steps")
             tables[num_steps] = compare(solver, pipe.scheduler.config, tuning, evaluation)
@@ -172,10 +180,13 @@ def run_evaluation(pipe: DiffusionPipeline, conditions: list[dict], solvers, arg
                 f"\n{num_steps} steps, distance to the teacher's end on {args.num_eval_samples} held-out noises\n"
                 + format_table(tables[num_steps])
             )
+            setting = next(row["setting"] for row in tables[num_steps] if row["solver"] == "classical table")
+            classical = classical_solvers(evaluation[0].field.process, num_steps)[setting]
+            trajectories[num_steps] = compare_trajectories(solver, classical, evaluation[0], teacher)
         calls.remove()
     for batch in [*tuning, *evaluation]:
         batch.field.close()
-    return tables
+    return tables, trajectories
 
 
 def _scheduler(pipe: DiffusionPipeline, solvers: dict[int, SearchedSolver], report: dict) -> SearchedSolverScheduler:
@@ -195,31 +206,16 @@ def _scheduler(pipe: DiffusionPipeline, solvers: dict[int, SearchedSolver], repo
     return SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=file)
 
 
-def _save_images(pipe, scheduler, conditions, tables, args, folder: Path):
-    """The grid: the teacher, then the best of diffusers' schedulers and the searched solver with their errors."""
-    count = min(GRID_SAMPLES, len(conditions)) if len(conditions) > 1 else 1
-    seeds = split_seeds(args.seed, EVALUATION_SEEDS, count)
-    teacher = teacher_solver(scheduler.process, EVALUATION_TEACHER * args.teacher_steps)
-
-    def draw(with_scheduler: SchedulerMixin, num_steps: int):
-        pairs = zip(conditions, seeds, strict=False)
-        return [sample_images(pipe, with_scheduler, kwargs, [seed], num_steps)[0] for kwargs, seed in pairs]
-
-    own = SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=teacher)
+def _draw_images(pipe, scheduler, conditions, tables, args) -> SampleImages | None:
+    """The first of the evaluation's noises as images, if the pipeline makes any."""
+    conditions = conditions[:GRID_SAMPLES]
+    seeds = split_seeds(args.seed, EVALUATION_SEEDS, len(conditions))
+    teacher_steps = EVALUATION_TEACHER * args.teacher_steps
     try:
-        goal = draw(own, teacher.num_steps)
-        rows = {f"teacher, {teacher.num_steps} steps": goal}
-        for num_steps, table in tables.items():
-            best = next(row for row in table if is_diffusers_scheduler(row))
-            baseline = diffusers_schedulers(pipe.scheduler.config)[best["solver"]][best["setting"]]
-            for name, contender in ((best["solver"], baseline), ("searched", scheduler)):
-                images = draw(contender, num_steps)
-                rows[f"{name}, {num_steps} steps"] = images
-                rows[f"  its error x {ERROR_GAIN}, {num_steps} steps, {name}"] = error_images(images, goal)
+        return draw_samples(pipe, scheduler, conditions, seeds, tables, teacher_steps)
     except TypeError as error:
-        print(f"No images.png: {error}")
-        return
-    image_grid(rows).save(folder / "images.png")
+        print(f"No images: {error}")
+        return None
 
 
 def _publish(aside: Path, output_dir: Path):
