@@ -457,7 +457,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         if self._is_of_schedule(timestep) and timestep.storage_offset() != index:
             raise RuntimeError(
                 f"`step` was called with timestep {timestep.storage_offset()} of the schedule where timestep {index} "
-                "is due: each step needs the predictions of those before it. Call `set_timesteps` to begin another run."
+                "is due: each step needs the predictions of those before. Call `set_timesteps` to begin another run."
             )
         return index
 

@@ -179,8 +179,8 @@ def tensor_step(
         sample, model_output (`torch.Tensor`): x and m, of one shape.
         history (`torch.Tensor`, shape (N, *sample.shape)): p_0 ... p_(i-1) and zeros; all zeros before the first step.
         index (`torch.Tensor`, shape (1,), int64): i.
-        table (`torch.Tensor`, shape (N, N + 3)): [`SearchedSolver.update_table`], in the dtype of the arithmetic and of
-            `history`, on the sample's device.
+        table (`torch.Tensor`, shape (N, N + 3)): [`SearchedSolver.update_table`], in the dtype of the arithmetic and
+            of `history`, on the sample's device.
 
     Returns:
         x' in the sample's dtype, and the history with p_i.
