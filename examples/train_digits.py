@@ -3,8 +3,9 @@
     python examples/train_digits.py
 
 writes `digits-dit/` (a stock `DiTPipeline`, noise prediction on the variance-preserving process), `digits-sit/`
-(`SiTPipeline`, velocity of the flow) and `digits_report.json`. Both pipelines share one small autoencoder. Needs
-scikit-learn; takes about ten minutes on one CPU core. No image of the held-out 297 is seen by any training.
+(`ClassToImagePipeline` with SiT, velocity of the flow) and `digits_report.json`. Both pipelines share one small
+autoencoder. Needs scikit-learn; takes about ten minutes on one CPU core. No image of the held-out 297 is seen by any
+training.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffusers_searched_solver.models import SiTTransformer2DModel
-from diffusers_searched_solver.pipelines import SiTPipeline
+from diffusers_searched_solver.pipelines import ClassToImagePipeline
 
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -248,7 +249,7 @@ def main():
     dit_scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
     for name, model, loss_of, null_class, pipeline_class, scheduler in (
         ("digits-dit", new_dit(), dit_loss, 1000, DiTPipeline, dit_scheduler),
-        ("digits-sit", new_sit(), sit_loss, 10, SiTPipeline, FlowMatchEulerDiscreteScheduler()),
+        ("digits-sit", new_sit(), sit_loss, 10, ClassToImagePipeline, FlowMatchEulerDiscreteScheduler()),
     ):
         model = train_transformer(model, loss_of, null_class, pool, pool_labels, args.transformer_steps)
         pipe = pipeline_class(transformer=model, vae=vae, scheduler=scheduler, id2label=ID2LABEL)

@@ -11,11 +11,11 @@ from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteSchedule
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from diffusers_searched_solver.pipelines import SiTPipeline
+from diffusers_searched_solver.pipelines import ClassToImagePipeline
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-PIPELINES = {"digits-dit": DiTPipeline, "digits-sit": SiTPipeline}
+PIPELINES = {"digits-dit": DiTPipeline, "digits-sit": ClassToImagePipeline}
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 

@@ -12,7 +12,7 @@ from diffusers import DiTPipeline
 from PIL import Image
 
 from diffusers_searched_solver import SearchedSolverScheduler, time_grid
-from diffusers_searched_solver.pipelines import SiTPipeline
+from diffusers_searched_solver.pipelines import ClassToImagePipeline
 from search import search_solver
 from search.baselines import run_scheduler
 from search.evaluate import compare
@@ -28,10 +28,10 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
-@pytest.fixture(scope="module", params=[("digits-dit", DiTPipeline), ("digits-sit", SiTPipeline)], ids=lambda p: p[0])
+@pytest.fixture(scope="module", params=["digits-dit", "digits-sit"])
 def pipe(request):
-    name, cls = request.param
-    return cls.from_pretrained(EXAMPLES / name)
+    cls = {"digits-dit": DiTPipeline, "digits-sit": ClassToImagePipeline}[request.param]
+    return cls.from_pretrained(EXAMPLES / request.param)
 
 
 @pytest.fixture()
@@ -301,7 +301,7 @@ def test_accelerate_launch_writes_what_from_pretrained_loads(tmp_path, name):
     ("options", "message"),
     [
         (["--num-samples", "0"], "`num_samples` is 0, expected at least 1"),
-        (["--call-kwargs", '{"guidance_scale": "high"}'], "The call of SiTPipeline with guidance_scale=high"),
+        (["--call-kwargs", '{"guidance_scale": "high"}'], "The call of ClassToImagePipeline with guidance_scale=high"),
         (["--call-kwargs", "[1]"], "expected a JSON object"),
     ],
     ids=["no samples", "failing call", "odd json"],
@@ -315,7 +315,7 @@ def test_a_search_that_cannot_run_says_why_and_writes_nothing(tmp_path, options,
 
 def test_a_network_that_any_solver_integrates_exactly_leaves_a_valid_solver():
     """With a velocity of zero all errors are zero: nothing may be divided by them."""
-    pipe = SiTPipeline.from_pretrained(EXAMPLES / "digits-sit")
+    pipe = ClassToImagePipeline.from_pretrained(EXAMPLES / "digits-sit")
     pipe.transformer.register_forward_hook(lambda module, args, output: (output[0].zero_(),))
     solver = search_solver(pipe, 4, conditions(1.0), num_samples=4, teacher_steps=8)
     assert np.isfinite(solver.coefficients).all()

@@ -1,6 +1,6 @@
 """Pipelines that diffusers does not have."""
 
-from .pipeline_sit import SiTPipeline
+from .pipeline_class_to_image import ClassToImagePipeline
 
 
-__all__ = ["SiTPipeline"]
+__all__ = ["ClassToImagePipeline"]
