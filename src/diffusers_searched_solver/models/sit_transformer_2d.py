@@ -1,6 +1,6 @@
 """The transformer of SiT and DiT, function for function that of the official code."""
 
-import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-
-_NORM_EPS_FINAL = 1e-6
+from .layers import Block, ClassEmbedder, FinalLayer, PatchEmbedder, TimeEmbedder, unpatchify
 
 
 class SiTTransformer2DModel(ModelMixin, ConfigMixin):
@@ -56,7 +55,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["_Block"]
+    _no_split_modules = ["Block"]
 
     @register_to_config
     def __init__(
@@ -92,12 +91,20 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.gradient_checkpointing = False
 
-        self.x_embedder = _PatchEmbedder(in_channels, patch_size, width)
-        self.t_embedder = _TimeEmbedder(width)
-        self.y_embedder = _ClassEmbedder(num_classes, width)
+        self.x_embedder = PatchEmbedder(in_channels, patch_size, width)
+        self.t_embedder = TimeEmbedder(width)
+        self.y_embedder = ClassEmbedder(num_classes, width)
         self.register_buffer("pos_embed", _position_table(sample_size // patch_size, width))
-        self.blocks = nn.ModuleList(_Block(width, num_attention_heads, mlp_ratio, norm_eps) for _ in range(num_layers))
-        self.final_layer = _FinalLayer(width, patch_size * patch_size * self.out_channels)
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                partial(nn.LayerNorm, width, elementwise_affine=False, eps=norm_eps),
+                _Attention(width, num_attention_heads),
+                _Mlp(width, int(width * mlp_ratio)),
+            )
+            for _ in range(num_layers)
+        )
+        self.final_layer = FinalLayer(width, patch_size * patch_size * self.out_channels)
 
     def forward(
         self,
@@ -129,36 +136,18 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
                 f"`hidden_states` is {tuple(hidden_states.shape[-2:])} high and wide, expected {(size, size)}. The"
                 f" position table was made for `sample_size` {size}: pass latents of that size."
             )
-        h = self.x_embedder(hidden_states) + self.pos_embed
-        c = self.t_embedder(timestep) + self.y_embedder(class_labels)
+        h = self.x_embedder(hidden_states).flatten(1, 2) + self.pos_embed
+        c = (self.t_embedder(timestep) + self.y_embedder(class_labels))[:, None]
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 h = self._gradient_checkpointing_func(block, h, c)
             else:
                 h = block(h, c)
-        h = self.final_layer(h, c)
-
-        rows = size // patch
-        sample = h.unflatten(1, (rows, rows)).unflatten(3, (patch, patch, self.out_channels))
-        sample = sample.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, size, size)
+        patches = self.final_layer(h, c).unflatten(1, (size // patch, size // patch))
+        sample = unpatchify(patches, patch)
         if self.config.prediction_type == "flow_prediction":
             sample = sample[:, : self.config.in_channels]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=eps)
-        self.attn = _Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=eps)
-        self.mlp = _Mlp(width, int(width * mlp_ratio))
-        self.adaLN_modulation = _zero_linear_of_silu(width, 6 * width)
-
-    def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        b1, s1, g1, b2, s2, g2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-        h = h + g1 * self.attn(self.norm1(h) * (1 + s1) + b1)
-        return h + g2 * self.mlp(self.norm2(h) * (1 + s2) + b2)
 
 
 class _Attention(nn.Module):
@@ -181,63 +170,6 @@ class _Mlp(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
-
-
-class _FinalLayer(nn.Module):
-    def __init__(self, width: int, out_features: int):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=_NORM_EPS_FINAL)
-        self.linear = nn.Linear(width, out_features)
-        self.adaLN_modulation = _zero_linear_of_silu(width, 2 * width)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        b, s = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(self.norm_final(h) * (1 + s) + b)
-
-
-class _PatchEmbedder(nn.Module):
-    def __init__(self, in_channels: int, patch_size: int, width: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, width, patch_size, patch_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class _TimeEmbedder(nn.Module):
-    def __init__(self, width: int, num_frequencies: int = 128, max_period: float = 10000.0):
-        super().__init__()
-        self.num_frequencies, self.max_period = num_frequencies, max_period
-        self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        nn.init.normal_(self.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.mlp[2].weight, std=0.02)
-
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """Embed as mlp([cos(t f_k), sin(t f_k)]) where f_k = max_period^(-k/128), in float32 up to the MLP."""
-        k = torch.arange(self.num_frequencies, dtype=torch.float32, device=t.device)
-        angles = t.float()[:, None] * torch.exp(-math.log(self.max_period) * k / self.num_frequencies)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
-
-
-class _ClassEmbedder(nn.Module):
-    def __init__(self, num_classes: int, width: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-        nn.init.normal_(self.embedding_table.weight, std=0.02)
-
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
-        return self.embedding_table(y)
-
-
-def _zero_linear_of_silu(width: int, out_features: int) -> nn.Sequential:
-    """Return linear(silu(c)) that starts at zero, so that a new block is the identity."""
-    linear = nn.Linear(width, out_features)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.SiLU(), linear)
 
 
 def _position_table(rows: int, width: int) -> torch.Tensor:
