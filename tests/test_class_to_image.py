@@ -1,42 +1,63 @@
-"""The class-conditional pipeline against the conventions that it brings together."""
+"""The class-conditional pipeline against the samplers of the official codes and the conventions of schedulers."""
 
 import inspect
 import json
+import math
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from golden_models import official
+from golden_models import FIXTURES, official
 
 from diffusers_searched_solver import SearchedSolverScheduler
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
+from search.field import NetworkCalls, PipelineField
 
 
+NETWORKS = ["sit", "dit"]
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 FLOW_SCHEDULERS = [
     FlowMatchEulerDiscreteScheduler(),
     FlowMatchHeunDiscreteScheduler(),
-    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    UniPCMultistepScheduler(**FLOW),
+    DPMSolverMultistepScheduler(**FLOW),
     SearchedSolverScheduler(prediction_type="flow_prediction"),
 ]
+NOISE_SCHEDULERS = {
+    "DDIMScheduler": {"clip_sample": False},
+    "PNDMScheduler": {"skip_prk_steps": True},
+    "DPMSolverMultistepScheduler": {},
+    "UniPCMultistepScheduler": {},
+    "DEISMultistepScheduler": {},
+    "EulerDiscreteScheduler": {},
+    "LMSDiscreteScheduler": {},
+    "HeunDiscreteScheduler": {},
+    "KDPM2DiscreteScheduler": {},
+}
+PAPER_TABLES = json.loads((FIXTURES / "paper_tables.json").read_text())["tables"]
 
 
-def new_pipeline(**kwargs) -> ClassToImagePipeline:
+def new_pipeline(network="sit", **kwargs) -> ClassToImagePipeline:
     kwargs = {
-        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "scheduler": DDIMScheduler(clip_sample=False) if network == "dit" else FlowMatchEulerDiscreteScheduler(),
         "id2label": {0: "tench, Tinca tinca", 1: "goldfish"},
     } | kwargs
-    pipe = ClassToImagePipeline(official("sit")[0], **kwargs)
+    pipe = ClassToImagePipeline(official(network)[0], **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -55,37 +76,93 @@ def run(pipe: ClassToImagePipeline, class_labels=(1, 3), **kwargs) -> torch.Tens
     return pipe(list(class_labels), **kwargs).images
 
 
+def guided(network, x, t, y, scale, channels):
+    """Guidance as the official samplers have it: on the leading channels, around the null class 10."""
+    t = torch.full((len(x),), t, dtype=torch.float64).float()
+    of_class, of_null = (network(x.float(), t, label).sample[:, :4].double() for label in (y, torch.full_like(y, 10)))
+    return torch.cat([(of_null + scale * (of_class - of_null))[:, :channels], of_class[:, channels:]], dim=1)
+
+
+def field(pipe, **kwargs) -> PipelineField:
+    """What the pipeline hands to its scheduler, at any state and time."""
+    return PipelineField(pipe, {"output_type": "latent"} | kwargs, [0, 1], NetworkCalls(pipe))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 @torch.no_grad()
-def test_guidance_on_three_channels_is_that_of_the_official_code():
-    model, golden = official("sit")
-    t, batch = golden["cfg_t"][0].item(), 2
-
-    class OneCall(FlowMatchEulerDiscreteScheduler):
-        def set_timesteps(self, num_inference_steps, device=None):
-            self.timesteps = torch.tensor([1000 * (1 - t)])
-
-        def step(self, model_output, timestep, sample, return_dict):
-            return (-model_output,)
-
-    pipe = new_pipeline(scheduler=OneCall(), guidance_channels=3)
-    out = run(pipe, golden["cfg_y"][:batch].tolist(), latents=golden["cfg_x"][:batch], guidance_scale=4.0)
-    # Four times the difference of two outputs that are each within 2e-6.
-    torch.testing.assert_close(out, golden["cfg_out"][:batch], atol=2e-5, rtol=0)
+def test_guidance_on_three_channels_is_that_of_the_official_code(network):
+    golden = {name: tensor[:2] for name, tensor in official(network)[1].items() if name.startswith("cfg")}
+    pipe, t = new_pipeline(network, guidance_channels=3), golden["cfg_t"][0].item()
+    predict = field(pipe, class_labels=golden["cfg_y"].tolist(), guidance_scale=4.0)
+    out = predict(golden["cfg_x"], t) if network == "dit" else -predict(golden["cfg_x"], 1000 * (1 - t))
+    # Four times the difference of two outputs that are each within 1e-5.
+    torch.testing.assert_close(out, golden["cfg_out"][:, :4], atol=8e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_the_pipeline_walks_the_official_euler_path_from_noise_to_data():
-    model, pipe, n = official("sit")[0], new_pipeline(), 5
-
-    class UniformEuler(FlowMatchEulerDiscreteScheduler):
-        def set_timesteps(self, num_inference_steps, device=None):
-            super().set_timesteps(sigmas=[1 - i / num_inference_steps for i in range(num_inference_steps)])
-
-    pipe.scheduler = UniformEuler()
-    x, y = noise(2), torch.tensor([1, 3])
+def test_sigmas_of_even_spacing_walk_the_official_euler_path_from_noise_to_data():
+    model, n, x, y = official("sit")[0], 5, noise(2), torch.tensor([1, 3])
+    out = run(new_pipeline(), sigmas=[1 - i / n for i in range(n)], guidance_scale=1.0)
     for i in range(n):
         x = x + model(x, torch.full((2,), i / n), y).sample / n
-    torch.testing.assert_close(run(pipe, num_inference_steps=n, guidance_scale=1.0), x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out, x, atol=1e-5, rtol=0)
+
+
+def released_steps(table):
+    """Step sizes, normalised as they are on import, and rows of coefficients with their diagonal."""
+    total = sum(table["step_sizes"])
+    for i, (step_size, row) in enumerate(zip(table["step_sizes"], table["coefficients_below_diagonal"], strict=True)):
+        yield step_size / total, [*row[:i], 1 - sum(row[:i])]
+
+
+def released_flow_sampler(velocity, x, table):
+    t, past = 0.0, []
+    for dt, coefficients in released_steps(table):
+        past.append(velocity(x, t))
+        x = x + dt * sum(c * u for c, u in zip(coefficients, past, strict=True))
+        t += dt
+    return x
+
+
+def released_noise_sampler(noise_at, x, table):
+    """On the continuous variance-preserving process with beta from 0.1 to 20, combining predictions of the data."""
+
+    def alpha_sigma(tau):
+        alpha = math.exp(-(9.95 * tau**2 + 0.1 * tau) / 2)
+        return alpha, math.sqrt(1 - alpha**2)
+
+    tau, past = 0.999, []
+    for dt, coefficients in released_steps(table):
+        alpha, sigma = alpha_sigma(tau)
+        past.append((x - sigma * noise_at(x, 1000 * tau)) / alpha)
+        tau = max(tau - dt, 1e-3)
+        next_alpha, next_sigma = alpha_sigma(tau)
+        data = sum(c * p for c, p in zip(coefficients, past, strict=True))
+        x = next_sigma / sigma * x + next_sigma * (next_alpha / next_sigma - alpha / sigma) * data
+    return x
+
+
+@pytest.mark.parametrize(
+    "solver, network, channels, num_steps",
+    [
+        (solver, network, channels, int(n))
+        for solver, network, channels in [("sit-xl-2-256", "sit", 3), ("dit-xl-2-256", "dit", 3)]
+        for n in PAPER_TABLES[solver]
+    ],
+)
+@torch.no_grad()
+def test_a_bundled_solver_samples_what_the_released_sampler_does(solver, network, channels, num_steps):
+    scheduler = SearchedSolverScheduler.from_pretrained(solver)
+    pipe = new_pipeline(network, scheduler=scheduler, guidance_channels=channels)
+    out = run(pipe, num_inference_steps=num_steps, guidance_scale=4.0)
+
+    sampler = released_noise_sampler if network == "dit" else released_flow_sampler
+    model, y = official(network)[0], torch.tensor([1, 3])
+    expected = sampler(
+        lambda x, t: guided(model, x, t, y, 4.0, channels), noise(2).double(), PAPER_TABLES[solver][str(num_steps)]
+    )
+    # The loop is in float64 around the same float32 network. float32 itself leaves up to 1.5e-6 of the largest value.
+    assert (out - expected).abs().max() < 5e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("scheduler", FLOW_SCHEDULERS, ids=lambda s: type(s).__name__)
@@ -94,6 +171,43 @@ def test_flow_schedulers_agree_in_the_limit_of_many_steps(scheduler):
     reference = run(heun, num_inference_steps=50, guidance_scale=1.0)
     out = run(new_pipeline(scheduler=scheduler), num_inference_steps=50, guidance_scale=1.0)
     assert (out - reference).square().mean().sqrt() < 0.02  # what Euler in 50 steps leaves, on values around 2
+
+
+@pytest.mark.parametrize("name", NOISE_SCHEDULERS)
+def test_noise_schedulers_agree_in_the_limit_of_many_steps(name):
+    def sample(name, num_steps):
+        betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+        scheduler = getattr(diffusers, name)(timestep_spacing="trailing", **betas, **NOISE_SCHEDULERS[name])
+        pipe = new_pipeline("dit", scheduler=scheduler)
+        # Leave out the time's fast waves, of up to one radian per timestep, which 50 steps do not resolve.
+        pipe.transformer.t_embedder.mlp[0].weight.detach().unflatten(1, (2, 128))[:, :, :64] = 0
+        return run(pipe, num_inference_steps=num_steps, guidance_scale=1.0)
+
+    reference, out = sample("HeunDiscreteScheduler", 200), sample(name, 50)
+    # What DDIM in 50 steps leaves is 0.037.
+    assert (out - reference).square().mean().sqrt() < 0.05 * reference.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), EulerAncestralDiscreteScheduler()], ids=["ddpm", "euler a"])
+def test_stochastic_schedulers_draw_from_the_generator(scheduler):
+    def sample(seed):
+        return run(new_pipeline("dit", scheduler=scheduler), generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(sample(0), sample(0))
+    assert not torch.equal(sample(0), sample(1))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_guidance_ends_where_its_interval_does_whatever_the_order_of_times(network):
+    pipe, calls, kwargs = new_pipeline(network), [], {"class_labels": [1, 3]}
+    pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    every, none = field(pipe, guidance_scale=3.0, **kwargs), field(pipe, guidance_scale=1.0, **kwargs)
+    some = field(pipe, guidance_scale=3.0, guidance_interval=(0.2, 0.7), **kwargs)
+    for timestep, inside in [(900.0, False), (450.0, True), (100.0, False), (200.0, True), (700.0, True)]:
+        calls.clear()
+        out = some(noise(2), timestep)
+        assert calls == [4 if inside else 2]  # the null half is not run in vain
+        assert torch.equal(out, (every if inside else none)(noise(2), timestep))
 
 
 def test_guidance_on_three_channels_leaves_the_fourth_of_the_first_step_unguided():
@@ -171,20 +285,30 @@ def test_without_its_no_grad_the_loop_passes_gradients_to_a_learnable_schedule()
 LOAD = """
 import sys, torch
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
-pipe = ClassToImagePipeline.from_pretrained(sys.argv[1])
-noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-torch.save(pipe(["goldfish", 3], num_inference_steps=4, latents=noise, output_type="latent").images, sys.argv[2])
+for folder in sys.argv[1:]:
+    pipe = ClassToImagePipeline.from_pretrained(folder)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = pipe(["goldfish", 3], num_inference_steps=4, latents=noise, output_type="latent").images
+    torch.save(images, f"{folder}/out.pt")
 """
 
 
-@pytest.mark.parametrize("vae", [None, new_vae(3)], ids=["without vae", "with vae"])
-def test_a_saved_pipeline_gives_the_same_samples_in_a_new_process(vae, tmp_path):
-    pipe = new_pipeline(vae=vae, guidance_channels=3)
-    pipe.save_pretrained(tmp_path / "pipe")
-    subprocess.run([sys.executable, "-c", LOAD, tmp_path / "pipe", tmp_path / "out.pt"], check=True, timeout=300)
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), run(pipe), atol=1e-5, rtol=0)
-    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
-    assert index["transformer"][0].startswith("diffusers_searched_solver.models")
+def test_saved_pipelines_give_the_same_samples_in_a_new_process(tmp_path):
+    pipes = {network: new_pipeline(network, guidance_channels=3) for network in NETWORKS}
+    pipes["with vae"] = new_pipeline(vae=new_vae(3))
+    for name, pipe in pipes.items():
+        pipe.save_pretrained(tmp_path / name)
+        index = json.loads((tmp_path / name / "model_index.json").read_text())
+        assert index["transformer"][0].startswith("diffusers_searched_solver.models")
+    subprocess.run([sys.executable, "-c", LOAD, *(tmp_path / name for name in pipes)], check=True, timeout=300)
+    for name, pipe in pipes.items():
+        torch.testing.assert_close(torch.load(tmp_path / name / "out.pt"), run(pipe), atol=1e-5, rtol=1e-5)
+
+
+def test_the_pipeline_is_to_be_loaded_by_its_own_class(tmp_path):
+    new_pipeline().save_pretrained(tmp_path)
+    with pytest.raises(AttributeError, match="ClassToImagePipeline"):
+        DiffusionPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -195,22 +319,52 @@ def test_a_saved_pipeline_gives_the_same_samples_in_a_new_process(vae, tmp_path)
         ({"class_labels": [-1]}, "has -1, expected an id from 0 to 9"),
         ({"class_labels": [1], "latents": noise(2)}, r"\(2, 4, 8, 8\), expected \(1, 4, 8, 8\)"),
         ({"class_labels": [1], "guidance_channels": 5}, "`guidance_channels` is 5, expected 1 to 4"),
+        ({"class_labels": [1], "guidance_interval": (0.7, 0.2)}, r"`guidance_interval` is \(0.7, 0.2\), expected two"),
+        ({"class_labels": [1], "guidance_interval": (0, 700)}, r"is \(0, 700\), expected two numbers from 0"),
+        ({"class_labels": [1], "height": 16}, "are 16 and 8, expected 8 each, the only size"),
+        (
+            {"class_labels": [1], "timesteps": [1000, 500]},
+            "`timesteps` was passed, but FlowMatchHeunDiscreteScheduler",
+        ),
         ({"class_labels": [1], "output_type": "jpg"}, "`output_type` is 'jpg'"),
         ({"class_labels": [1], "output_type": "pil"}, "has no `vae` and makes 4 channels"),
         ({"class_labels": [1], "callback_on_step_end_tensor_inputs": ["prompt"]}, r"has \['prompt'\]"),
     ],
-    ids=["name", "id", "negative id", "latents", "channels", "output type", "pil without vae", "callback tensors"],
+    ids=[
+        "name",
+        "id",
+        "negative id",
+        "latents",
+        "channels",
+        "interval backwards",
+        "interval in timesteps",
+        "height",
+        "schedule",
+        "output type",
+        "pil without vae",
+        "callback tensors",
+    ],
 )
 def test_a_bad_argument_is_refused_with_what_to_pass_instead(arguments, message):
     with pytest.raises(ValueError, match=message):
-        new_pipeline()(**{"num_inference_steps": 1, "output_type": "latent"} | arguments)
+        new_pipeline(scheduler=FlowMatchHeunDiscreteScheduler())(
+            **{"num_inference_steps": 1, "output_type": "latent"} | arguments
+        )
 
 
 @pytest.mark.parametrize(
-    "scheduler",
-    [DDIMScheduler(), UniPCMultistepScheduler(), UniPCMultistepScheduler(prediction_type="flow_prediction")],
-    ids=["ddim", "unipc epsilon", "unipc without flow sigmas"],
+    "network, scheduler, message",
+    [
+        ("sit", DDIMScheduler(), "'epsilon' and `use_flow_sigmas` False, but this SiTTransformer2DModel"),
+        ("sit", UniPCMultistepScheduler(), "Use `FlowMatchEulerDiscreteScheduler"),
+        ("sit", UniPCMultistepScheduler(prediction_type="flow_prediction"), "made with .* `use_flow_sigmas=True`"),
+        ("dit", FlowMatchEulerDiscreteScheduler(), "is a model of `prediction_type` 'epsilon'. Use `DDIMScheduler"),
+        ("dit", DDIMScheduler(prediction_type="v_prediction"), "`prediction_type` 'v_prediction'"),
+        ("dit", DPMSolverMultistepScheduler(use_flow_sigmas=True), "made with .* `use_flow_sigmas=False`"),
+        ("dit", EDMEulerScheduler(), "neither DDPM's noise process nor flow matching"),
+    ],
+    ids=["ddim", "unipc", "without flow sigmas", "flow on dit", "v on dit", "flow sigmas on dit", "edm on dit"],
 )
-def test_a_scheduler_that_is_not_for_flow_matching_is_refused(scheduler):
-    with pytest.raises(ValueError, match="is a model of `prediction_type` 'flow_prediction'"):
-        run(new_pipeline(scheduler=scheduler))
+def test_a_scheduler_of_another_prediction_type_is_refused(network, scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        run(new_pipeline(network, scheduler=scheduler))
