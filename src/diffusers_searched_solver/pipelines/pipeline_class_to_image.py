@@ -10,7 +10,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..models import SiTTransformer2DModel
+from ..models import FlowDCNTransformer2DModel, SiTTransformer2DModel
 from ..process import process_from_config
 
 
@@ -30,7 +30,8 @@ class ClassToImagePipeline(DiffusionPipeline):
     With guidance of scale s, m is m_null + s (m_class - m_null) on the guided channels, and m_class on the others.
 
     A saved pipeline is loaded by `ClassToImagePipeline.from_pretrained(folder)`. `DiffusionPipeline.from_pretrained`
-    looks for the class in diffusers and ends in an `AttributeError`.
+    looks for the class in diffusers and ends in an `AttributeError`; and diffusers loads networks of other packages
+    from folders alone, so download one from the Hub first, with `huggingface_hub.snapshot_download`.
 
     Args:
         transformer ([`SiTTransformer2DModel`] or [`FlowDCNTransformer2DModel`]): The network. DiT is the former with
@@ -55,7 +56,7 @@ class ClassToImagePipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: SiTTransformer2DModel,
+        transformer: SiTTransformer2DModel | FlowDCNTransformer2DModel,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         id2label: dict | None = None,
@@ -99,7 +100,7 @@ class ClassToImagePipeline(DiffusionPipeline):
         Args:
             class_labels (`int`, `str` or `list`): Class ids or names (see `pipe.labels`), one for each image.
             height, width (`int`, *optional*): Size of the images in pixels; by default that of the network's
-                `sample_size`, which is the only one that SiT and DiT have.
+                `sample_size`, which is the only one that SiT and DiT have. FlowDCN takes multiples of its tokens.
             guidance_scale (`float`, defaults to 4.0): Scale s of classifier-free guidance. Values of at most 1 turn it
                 off, and the network is then called on the batch alone instead of on twice the batch.
             guidance_channels (`int`, *optional*): How many leading channels guidance acts on. Defaults to
@@ -222,15 +223,17 @@ class ClassToImagePipeline(DiffusionPipeline):
         config = self.transformer.config
         factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         default, token = config.sample_size * factor, config.patch_size * factor
-        height, width = height or default, width or default
-        fixed = isinstance(self.transformer, SiTTransformer2DModel)
-        if (height, width) != (default, default) if fixed else height % token or width % token:
+        size = [default if pixels is None else pixels for pixels in (height, width)]
+        if isinstance(self.transformer, SiTTransformer2DModel):
+            fits, expected = size == [default, default], f"{default} each, the only size of this network"
+        else:
+            fits, expected = all(p > 0 and p % token == 0 for p in size), f"positive multiples of {token}"
+        if not fits:
             raise ValueError(
-                f"`height` and `width` are {height} and {width}, expected"
-                f" {f'{default} each, the only size of this network' if fixed else f'multiples of {token}'}. Pass such"
-                " values, or leave them out."
+                f"`height` and `width` are {size[0]} and {size[1]}, expected {expected}. Pass such values, or leave"
+                " them out."
             )
-        return height // factor, width // factor
+        return size[0] // factor, size[1] // factor
 
     def _prepare_latents(self, latents, shape, generator, device) -> torch.Tensor:
         if latents is None:
