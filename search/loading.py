@@ -11,6 +11,14 @@ from diffusers_searched_solver import pipelines
 
 
 HUB_NAMES = {"DiT-XL-2-256": "facebook/DiT-XL-2-256", "DiT-XL-2-512": "facebook/DiT-XL-2-512"}
+# Official weights that have to be converted first: Hub repository, file, and arguments of the conversion.
+CHECKPOINTS = {
+    "SiT-XL-2-256": ("nyu-visionx/SiT-collections", "SiT-XL-2-256.pt", "--model sit"),
+    "FlowDCN-XL-2-256": ("wangsssssss/FlowDCN", "FlowDCN-XL-2M-R256.pth", "--model flowdcn"),
+    "FlowDCN-XL-2-512": ("wangsssssss/FlowDCN", "FlowDCN-XL-100K-R512.pth", "--model flowdcn --sample-size 64"),
+    "FlowDCN-B-2-256": ("wangsssssss/FlowDCN", "FlowDCN-B-400K-R256.pth", "--model flowdcn"),
+}
+NAMES = (*HUB_NAMES, *CHECKPOINTS)
 
 
 def load_pipeline(name: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
@@ -18,20 +26,27 @@ def load_pipeline(name: str, dtype: torch.dtype, device: torch.device) -> Diffus
     Load a pipeline.
 
     Args:
-        name: A local folder, a short name of `HUB_NAMES`, or a Hub repository.
+        name: A local folder, one of `NAMES`, or a Hub repository, in this order.
         dtype: Of the networks.
         device: Where they go.
 
     Raises:
-        ValueError: If there is no such pipeline.
+        ValueError: If there is no such pipeline, or it has to be converted first.
     """
+    if name in CHECKPOINTS and not os.path.isdir(name):
+        repository, file, arguments = CHECKPOINTS[name]
+        raise ValueError(
+            f"'{name}' has to be converted first, as there is no folder of that name here. Run\n"
+            f"  hf download {repository} {file} --local-dir .\n"
+            f"  python -m diffusers_searched_solver.convert {arguments} --checkpoint {file} --output {name}"
+        )
     source = name if os.path.isdir(name) else HUB_NAMES.get(name, name)
     try:
         class_name = DiffusionPipeline.load_config(source).get("_class_name", "")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"There is no pipeline '{name}': it is not a folder with a 'model_index.json', not one of "
-            f"{', '.join(HUB_NAMES)}, and as a Hub repository it could not be read ({str(error).splitlines()[0]}). "
+            f"{', '.join(NAMES)}, and as a Hub repository it could not be read ({str(error).splitlines()[0]}). "
             "Check the spelling, or the connection."
         ) from error
     cls = getattr(pipelines, str(class_name), DiffusionPipeline)

@@ -28,7 +28,7 @@ from search.baselines import classical_solvers
 from search.evaluate import compare, format_table
 from search.field import FieldError, NetworkCalls
 from search.images import SampleImages, draw_samples, image_grid
-from search.loading import HUB_NAMES, build_conditions, load_pipeline
+from search.loading import NAMES, build_conditions, load_pipeline
 from search.strategy import (
     BATCH_SIZE,
     EVALUATION_SEEDS,
@@ -57,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--pipeline", required=True, help=f"a folder, a Hub repository, or one of {', '.join(HUB_NAMES)}")
+    add("--pipeline", required=True, help=f"a folder, a Hub repository, or one of {', '.join(NAMES)}")
     add("--num-steps", type=int, nargs="+", default=[5, 8, 10], help="step counts to search (default: 5 8 10)")
     add("--output-dir", type=Path, required=True, help="where the solver, the report and the images go")
     add("--class-labels", nargs="+", help="ids or names (default: all that the pipeline knows)")
