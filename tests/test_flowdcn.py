@@ -90,9 +90,9 @@ def test_the_operator_computes_in_float32_and_rounds_once(dtype, autocast):
     assert torch.equal(out, deformable_convolution(values.float(), offsets, weights.float()).to(dtype))
 
 
-# An offset carries the rounding of its layers sixfold, to places where these weights make steep maps: the golden
-# output itself is by 1.4e-5 off from the same weights in exact arithmetic, ours in float32 by 0.7e-5 to 1.3e-5 off from
-# the golden, depending on the CPU's kernels.
+# Offsets carry the rounding of their layers sixfold, into maps that are steep with these weights: the golden output
+# itself is off from exact arithmetic by 1.4e-5, and ours in float32 off from it by 0.7e-5 to 1.3e-5, depending on the
+# kernels that the CPU has.
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1.5e-5), (torch.float32, 2e-5)])
 @torch.no_grad()
 def test_the_network_gives_the_output_of_the_official_code(dtype, atol):
