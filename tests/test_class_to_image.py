@@ -102,6 +102,13 @@ def test_sigmas_of_even_spacing_walk_the_official_euler_path_from_noise_to_data(
     torch.testing.assert_close(out, x, atol=1e-5, rtol=0)
 
 
+def test_dit_is_called_at_explicit_timesteps_as_they_are():
+    pipe, seen = new_pipeline("dit", scheduler=DPMSolverMultistepScheduler()), []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: seen.extend(args[1].unique().tolist()))
+    run(pipe, timesteps=[981, 500, 20])
+    assert seen == [981, 500, 20]
+
+
 def released_steps(table):
     """Step sizes, normalised as they are on import, and rows of coefficients with their diagonal."""
     total = sum(table["step_sizes"])
