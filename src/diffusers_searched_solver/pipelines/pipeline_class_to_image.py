@@ -79,11 +79,11 @@ class ClassToImagePipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | list[int | str],
-        height: int | None = None,
-        width: int | None = None,
         guidance_scale: float = 4.0,
         guidance_channels: int | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int = 50,
         timesteps: list[float] | None = None,
         sigmas: list[float] | None = None,
@@ -99,8 +99,6 @@ class ClassToImagePipeline(DiffusionPipeline):
 
         Args:
             class_labels (`int`, `str` or `list`): Class ids or names (see `pipe.labels`), one for each image.
-            height, width (`int`, *optional*): Size of the images in pixels; by default that of the network's
-                `sample_size`, which is the only one that SiT and DiT have. FlowDCN takes multiples of its tokens.
             guidance_scale (`float`, defaults to 4.0): Scale s of classifier-free guidance. Values of at most 1 turn it
                 off, and the network is then called on the batch alone instead of on twice the batch.
             guidance_channels (`int`, *optional*): How many leading channels guidance acts on. Defaults to
@@ -108,6 +106,8 @@ class ClassToImagePipeline(DiffusionPipeline):
             guidance_interval (`tuple[float, float]`, *optional*): Guide only while T / `num_train_timesteps` (0 is
                 data, 1 is noise; sigma of a flow) lies between these two, ends included; elsewhere s is 1. Defaults
                 to everywhere.
+            height, width (`int`, *optional*): Size of the images in pixels; by default that of the network's
+                `sample_size`, which is the only one that SiT and DiT have. FlowDCN takes multiples of its tokens.
             num_inference_steps (`int`, defaults to 50): Number of steps of the scheduler.
             timesteps, sigmas (`list[float]`, *optional*): A schedule to use in place of `num_inference_steps`, for
                 schedulers that take one.
