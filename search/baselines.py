@@ -105,5 +105,6 @@ def run_scheduler(field: PipelineField, scheduler: SchedulerMixin, num_steps: in
     scheduler.set_timesteps(num_steps)
     x = field.noise
     for timestep in scheduler.timesteps:
-        x = scheduler.step(field(x, timestep), timestep, x, return_dict=False)[0]
+        output, x = field.evaluate(x, timestep)
+        x = scheduler.step(output, timestep, x, return_dict=False)[0]
     return x

@@ -1,48 +1,19 @@
 """PipelineField: any diffusers pipeline as a function (x, timestep) -> prediction, through its own `__call__`."""
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from diffusers_searched_solver import SearchedSolverScheduler
-from diffusers_searched_solver.scheduler import SearchedSolverSchedulerOutput
+from .hand_out import FieldError, HandOutScheduler
+from .network_calls import NetworkCalls
 
 
-# Evaluations that one call of the pipeline serves; after so many the pipeline is called again.
-EVALUATIONS_PER_CALL = 4096
-
-
-class FieldError(RuntimeError):
-    """The pipeline's call failed or cannot be driven; the message says at which point and what to do."""
-
-
-class NetworkCalls:
-    """
-    Counts samples that went through a pipeline's networks, guidance included.
-
-    Args:
-        pipe (`DiffusionPipeline`): Its `torch.nn.Module` components are watched, but counted only while `active`.
-        on_call (*optional*): Is told every number of samples, say to move a progress bar.
-    """
-
-    def __init__(self, pipe: DiffusionPipeline, on_call: Callable[[int], object] = lambda samples: None):
-        self.count = 0
-        self.active = False
-        self._on_call = on_call
-        modules = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
-        self._handles = [module.register_forward_pre_hook(self._watch, with_kwargs=True) for module in modules]
-
-    def _watch(self, module, args, kwargs):
-        if self.active:
-            samples = next(len(value) for value in (*args, *kwargs.values()) if torch.is_tensor(value))
-            self.count += samples
-            self._on_call(samples)
-
-    def remove(self):
-        for handle in self._handles:
-            handle.remove()
+__all__ = ["FieldError", "NetworkCalls", "PipelineField", "merge_conditions"]
 
 
 class PipelineField:
@@ -51,9 +22,12 @@ class PipelineField:
 
     The pipeline's `__call__` runs in a coroutine with a scheduler that hands each network output out of `step` and
     waits there for the next state and time. So conditioning, guidance, packing and dtypes are the pipeline's own,
-    prompts are encoded once, and any state can be evaluated at any time in any order. Pipelines that decide by step
-    *number* (say, guidance in the first half of the steps only) see evaluation numbers instead; leave such options
-    off.
+    prompts are encoded once, and any state can be evaluated at any time in any order, in the thread that made the
+    field. Where the pipeline decides by step *number* (guidance or ControlNets for a part of the steps, caches), it
+    sees evaluation numbers instead; leave such options off.
+
+    A prediction carries a graph if the state or a tensor of time requires a gradient, and only then. What the
+    coroutine still holds of it is the last prediction's, until the next one or `close`.
 
     Args:
         pipe (`DiffusionPipeline`): Any pipeline with a `scheduler`; between evaluations it is as it was.
@@ -62,117 +36,159 @@ class PipelineField:
         seeds (sequence of `int`): One for each sample of the batch; a sample's initial noise depends on its seed
             alone.
         calls (`NetworkCalls`): Counts what the field spends.
+        start (`float`, *optional*): The timestep that `noise` is at; the process's last unless given. Of interest to
+            pipelines that noise an image (image to image, inpainting): their call begins with the image at `start`,
+            whatever node a `strength` would begin at.
 
     Attributes:
         noise (`torch.Tensor`): The initial state, as the scheduler sees it.
+        prediction_type (`str`): What predictions are, one of `process.PREDICTION_TYPES`.
+        process (`NoiseProcess`): The noise process of the pipeline's model.
 
     Raises:
         FieldError: If the pipeline's call fails, or never calls `scheduler.step`.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, call_kwargs: Mapping, seeds: Sequence[int], calls: NetworkCalls):
+    _coroutine: greenlet | None = None
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        call_kwargs: Mapping,
+        seeds: Sequence[int],
+        calls: NetworkCalls,
+        start: float | None = None,
+    ):
         self.pipe, self.call_kwargs, self.seeds, self._calls = pipe, dict(call_kwargs), list(seeds), calls
-        self._scheduler = _HandOutScheduler.from_config(pipe.scheduler.config)
+        self._scheduler = HandOutScheduler.from_config(pipe.scheduler.config)
+        self._scheduler.start = self._scheduler.process.max_timestep if start is None else start
         self.prediction_type = self._scheduler.config.prediction_type
         self.process = self._scheduler.process
-        self._coroutine = None
         # The pipeline's attributes while it runs: it keeps its guidance scale and the like there.
         self._inside = {"scheduler": self._scheduler, "_progress_bar_config": {"disable": True}}
+        self._differentiated: set[str] = set()
         self._open()
 
     def _open(self):
         self.close()
-        self._coroutine = greenlet(self._run_pipeline)
-        _, noise = self._switch()
+        self._coroutine = greenlet(_call_pipeline)
+        _, noise = self._switch(self.pipe, self.call_kwargs, self.seeds)
         self.noise = noise.clone()
 
-    def _run_pipeline(self):
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
-        return self.pipe(**self.call_kwargs, generator=generators, num_inference_steps=EVALUATIONS_PER_CALL)
+    def __call__(self, x: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
+        """The prediction of `evaluate` alone."""
+        return self.evaluate(x, timestep)[0]
 
-    def __call__(self, x: torch.Tensor, timestep: float) -> torch.Tensor:
+    def evaluate(self, x: torch.Tensor, timestep: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The pipeline's prediction (after guidance) for states `x` at one time.
 
         Args:
-            x (`torch.Tensor`): Of `noise`'s shape; cast to its dtype, as between the steps of a run.
-            timestep (`float`): In the pipeline's unit, 0 to 1000.
+            x (`torch.Tensor`): Of `noise`'s shape; cast to the dtype of predictions, as between the steps of a run.
+            timestep (`float` or 0-dimensional `torch.Tensor`): In the pipeline's unit, 0 to 1000.
 
         Returns:
-            `torch.Tensor`: What the pipeline passes to `scheduler.step`, of the network's prediction type.
+            What the pipeline passes to `scheduler.step`, of `prediction_type`, and the states that it is of: `x`,
+            except where the pipeline itself sets states between steps, as inpainting does outside of the mask.
+
+        Raises:
+            FieldError: If the pipeline's call fails, changes the states' shape, or keeps a gradient that is asked for.
         """
-        if self._scheduler.exhausted:
+        inputs = {"x": x, "timestep": timestep} if torch.is_grad_enabled() else {}
+        # Clones, because gradients have to lead back to them through this evaluation.
+        sources = {name: v.clone() for name, v in inputs.items() if torch.is_tensor(v) and v.requires_grad}
+        x = sources.get("x", x)
+        timestep = sources["timestep"] if "timestep" in sources else float(timestep)
+        if self._coroutine is None or self._coroutine.dead or self._scheduler.exhausted:
             self._open()
-        output, _ = self._switch((x.to(self.noise.dtype), float(timestep)))
-        return output
+        prediction, state = self._switch(x, timestep, bool(sources))
+        if state.shape != x.shape:
+            raise FieldError(
+                f"{type(self.pipe).__name__} turned states of shape {tuple(x.shape)} into {tuple(state.shape)}. Call "
+                "it without the option that does so; states of a field keep their shape."
+            )
+        self._check_graph(prediction, sources)
+        return prediction, torch.where(state == x.to(state.dtype), x, state)
 
     def _switch(self, *message):
-        """Let the pipeline run until its next `scheduler.step`; outside of that time it is as its owner left it."""
-        grad_enabled = torch.is_grad_enabled()
-        attributes = vars(self.pipe)
-        outside = dict(attributes)
-        attributes.update(self._inside)
-        self._scheduler.driver = getcurrent()
-        self._calls.active = True
+        """Let the pipeline run until its next `scheduler.step`."""
         try:
-            handed_out = self._coroutine.switch(*message)
+            with self._running(), self._calls.evaluation():
+                handed_out = self._coroutine.switch(*message)
+        except FieldError:
+            raise
         except Exception as error:
             raise FieldError(
                 f"The call of {type(self.pipe).__name__} with {_describe(self.call_kwargs)} failed: "
                 f"{type(error).__name__}: {error}. Make the same call yourself with your own scheduler to see whether "
                 "the arguments are right."
             ) from error
+        if self._coroutine.dead:
+            raise FieldError(
+                f"{type(self.pipe).__name__} returned before its scheduler's `step` had been called "
+                f"{HandOutScheduler.evaluations_per_call} times. A pipeline that fixes its own number of steps or "
+                "replaces its scheduler cannot be searched; a call for the last part of a run needs a lower `start`."
+            )
+        return handed_out
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Give the pipeline its attributes of this call; afterwards, those that its owner has left it with."""
+        grad_enabled = torch.is_grad_enabled()
+        attributes = vars(self.pipe)
+        outside = dict(attributes)
+        attributes.update(self._inside)
+        self._scheduler.driver = getcurrent()
+        try:
+            yield
         finally:
-            self._calls.active = False
             self._inside = dict(attributes)
             attributes.clear()
             attributes.update(outside)
             torch.set_grad_enabled(grad_enabled)
-        if self._coroutine.dead:
-            raise FieldError(
-                f"{type(self.pipe).__name__} returned before its scheduler's `step` had been called "
-                f"{EVALUATIONS_PER_CALL} times. Pipelines that fix their own number of steps cannot be searched."
-            )
-        return handed_out
+
+    def _check_graph(self, prediction: torch.Tensor, sources: Mapping[str, torch.Tensor]):
+        """Refuse to give silently wrong gradients: some pipelines copy the time, some run without a graph."""
+        for name in sources.keys() - self._differentiated:
+            if not _leads_back(prediction, sources[name]):
+                raise FieldError(
+                    f"{type(self.pipe).__name__} hands on no gradient with respect to `{name}`: somewhere it detaches "
+                    "or copies it. Search without gradients, with `--fitter gauss-newton`."
+                )
+            self._differentiated.add(name)
 
     def close(self):
-        """End the pipeline's call."""
+        """End the pipeline's call. A closed field opens again when it is evaluated."""
         if self._coroutine is not None and not self._coroutine.dead:
-            self._coroutine.throw(GreenletExit)
-            self.pipe.maybe_free_model_hooks()
+            with self._running():
+                self._coroutine.throw(GreenletExit)
+            if hasattr(self.pipe, "maybe_free_model_hooks"):
+                self.pipe.maybe_free_model_hooks()
         self._coroutine = None
 
+    def __del__(self):
+        if not sys.is_finalizing():
+            self.close()
 
-class _HandOutScheduler(SearchedSolverScheduler):
-    """Hands each network output to the coroutine that drives the pipeline, and takes the next state and time."""
 
-    driver: greenlet | None = None
-    exhausted = False
+def _call_pipeline(pipe: DiffusionPipeline, call_kwargs: Mapping, seeds: Sequence[int]):
+    """What runs in the coroutine. It knows nothing of the field, so that a field that is dropped goes at once."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    with torch.no_grad():
+        pipe(**call_kwargs, generator=generators, num_inference_steps=HandOutScheduler.evaluations_per_call)
 
-    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
-        # The loop iterates over views of this tensor, so a time written into it is the time of the next call.
-        self.timesteps = torch.full((EVALUATIONS_PER_CALL,), self.process.max_timestep, device=device)
-        self.sigmas = torch.ones(EVALUATIONS_PER_CALL + 1)
-        self.num_inference_steps = EVALUATIONS_PER_CALL
-        self.exhausted = False
 
-    def step(self, model_output, timestep, sample, *args, return_dict: bool = True, **kwargs):
-        index = self.index_for_timestep(timestep)
-        self.exhausted = index + 2 >= EVALUATIONS_PER_CALL
-        grad_enabled = torch.is_grad_enabled()
-        x, next_timestep = self.driver.switch((model_output, sample))
-        torch.set_grad_enabled(grad_enabled)
-        self.timesteps[index + 1] = next_timestep
-        self.sigmas[index + 1] = self.process.alpha_sigma(next_timestep)[1]
-        return SearchedSolverSchedulerOutput(x, x) if return_dict else (x, x)
-
-    def index_for_timestep(self, timestep) -> int:
-        if timestep.untyped_storage().data_ptr() != self.timesteps.untyped_storage().data_ptr():
-            raise FieldError(
-                "The pipeline calls `scheduler.step` with a timestep that is not an element of `scheduler.timesteps` "
-                "but a copy, so its network cannot be called at other times. It cannot be searched as it is."
-            )
-        return timestep.storage_offset()
+def _leads_back(tensor: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether gradients of `tensor` reach `source`."""
+    seen, pending = {None}, [tensor.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is source.grad_fn:
+            return True
+        if node not in seen:
+            seen.add(node)
+            pending.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def _describe(call_kwargs: Mapping) -> str:
@@ -201,7 +217,7 @@ def merge_conditions(first: Mapping, second: Mapping) -> dict | None:
             merged[key] = value + other
         elif torch.is_tensor(value) and torch.is_tensor(other):
             merged[key] = torch.cat([value, other])
-        elif not torch.is_tensor(value) and value == other:
+        elif value is other or not isinstance(value, (torch.Tensor, np.ndarray)) and value == other:
             merged[key] = value
         else:
             return None

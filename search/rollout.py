@@ -48,12 +48,13 @@ def rollout(field: PipelineField, solver: SearchedSolver, prefix: Run | None = N
 
     Returns:
         `Run`: States are kept in at least float32; the field casts them for the network as a pipeline's run does.
+            They are what the network was called on, with the parts that an inpainting pipeline has put back.
     """
     states = [field.noise] if prefix is None else list(prefix.states)
     history = [] if prefix is None else list(prefix.history)
     for i in range(len(states) - 1, solver.num_steps):
         if len(history) == i:
-            output = field(states[i], solver.timesteps[i])
+            output, states[i] = field.evaluate(states[i], solver.timesteps[i])
             history.append(solver.prediction(output, states[i], i, field.prediction_type))
         states.append(solver.step(states[i], history[: i + 1], i))
     return Run(states, history)

@@ -14,9 +14,8 @@ from PIL import Image
 from diffusers_searched_solver import SearchedSolverScheduler, time_grid
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
 from search import search_solver
-from search.baselines import run_scheduler
 from search.evaluate import compare
-from search.field import FieldError, NetworkCalls, PipelineField, merge_conditions
+from search.field import NetworkCalls, PipelineField
 from search.loading import build_conditions, load_pipeline
 from search.parameters import SolverFamily
 from search.rollout import Run, endpoint_errors, rollout, root_mean_square
@@ -43,65 +42,6 @@ def calls(pipe):
 
 def conditions(guidance_scale=2.0):
     return [{"class_labels": [k], "guidance_scale": guidance_scale} for k in range(10)]
-
-
-def pipeline_end(pipe, scheduler, kwargs, seeds, num_steps):
-    """The last state of an ordinary call of the pipeline."""
-    ends = []
-    original, own = scheduler.step, pipe.scheduler
-
-    def step(*args, **kwargs):
-        result = original(*args, **kwargs)
-        ends.append(result[0] if isinstance(result, tuple) else result.prev_sample)
-        return result
-
-    scheduler.step = step
-    pipe.scheduler = scheduler
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        pipe(**kwargs, generator=[torch.Generator().manual_seed(s) for s in seeds], num_inference_steps=num_steps)
-    finally:
-        pipe.scheduler = own
-        del scheduler.step
-    assert len(ends) == num_steps
-    return ends[-1]
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_a_loop_over_the_field_is_the_pipelines_own_run_bit_for_bit(pipe, calls, guidance_scale):
-    kwargs, seeds = {"class_labels": [3, 8], "guidance_scale": guidance_scale}, [5, 6]
-    field = PipelineField(pipe, kwargs, seeds, calls)
-    solver = teacher_solver(field.process, 7)
-    scheduler = SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=solver)
-    expected = pipeline_end(pipe, scheduler, kwargs, seeds, 7)
-    assert torch.equal(rollout(field, solver).end, expected)
-    assert torch.equal(run_scheduler(field, scheduler, 7), expected)
-
-
-def test_two_fields_of_one_pipeline_do_not_disturb_each_other_or_the_pipeline(pipe, calls):
-    before = dict(vars(pipe))
-    one = PipelineField(pipe, {"class_labels": [1], "guidance_scale": 1.0}, [0], calls)
-    other = PipelineField(pipe, {"class_labels": [1], "guidance_scale": 4.0}, [0], calls)
-    alone = one(one.noise, 500.0)
-    other(other.noise, 400.0)
-    assert torch.equal(one(one.noise, 500.0), alone)
-    assert not torch.equal(other(other.noise, 500.0)[:1], alone)
-    assert vars(pipe) == before
-    assert torch.is_grad_enabled()
-
-
-def test_network_calls_count_samples_with_guidance(pipe, calls):
-    field = PipelineField(pipe, {"class_labels": [1, 2, 3], "guidance_scale": 2.0}, [0, 1, 2], calls)
-    opening = calls.count
-    field(field.noise, 500.0)
-    assert (opening, calls.count) == (6, 12)
-
-
-def test_a_field_outlives_the_evaluations_of_one_pipeline_call(pipe, calls, monkeypatch):
-    monkeypatch.setattr("search.field.EVALUATIONS_PER_CALL", 3)
-    field = PipelineField(pipe, {"class_labels": [1]}, [0], calls)
-    outputs = [field(field.noise, 500.0) for _ in range(7)]
-    assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 def test_samples_do_not_depend_on_how_they_are_batched(pipe, calls):
@@ -194,13 +134,6 @@ def test_settings_out_of_range_are_refused(pipe, changes, message):
         search_solver(**{"pipe": pipe, "num_steps": 5, "conditions": conditions(), **changes})
 
 
-def test_a_failing_pipeline_call_is_reported_with_its_arguments_and_leaves_the_pipeline_as_it_was(pipe, calls):
-    before = dict(vars(pipe))
-    with pytest.raises(FieldError, match=r"The call of \w+ with class_labels=\['no such', 2\]"):
-        PipelineField(pipe, {"class_labels": ["no such", 2]}, [0, 1], calls)
-    assert vars(pipe) == before
-
-
 def test_a_network_that_gives_nan_is_reported(pipe, calls):
     def spoil(module, args, output):
         return (
@@ -213,30 +146,6 @@ def test_a_network_that_gives_nan_is_reported(pipe, calls):
             make_batches(pipe, conditions(), [0], 1, 8, calls)
     finally:
         handle.remove()
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "merged"),
-    [
-        (
-            {"prompt": "a", "guidance_scale": 2},
-            {"prompt": "b", "guidance_scale": 2},
-            {"prompt": ["a", "b"], "guidance_scale": 2},
-        ),
-        ({"prompt": "a"}, {"prompt": "a"}, {"prompt": ["a", "a"]}),
-        ({"class_labels": [1, 2]}, {"class_labels": [3]}, {"class_labels": [1, 2, 3]}),
-        ({"guidance_scale": 2}, {"guidance_scale": 3}, None),
-        ({"prompt": "a"}, {"class_labels": [1]}, None),
-    ],
-    ids=["prompts", "equal prompts", "labels", "other scalars", "other arguments"],
-)
-def test_conditions_share_a_call_only_if_one_call_can_make_both(first, second, merged):
-    assert merge_conditions(first, second) == merged
-
-
-def test_prompt_embeddings_are_joined_along_the_batch():
-    merged = merge_conditions({"prompt_embeds": torch.ones(1, 2)}, {"prompt_embeds": torch.zeros(1, 2)})
-    assert merged["prompt_embeds"].tolist() == [[1, 1], [0, 0]]
 
 
 def test_all_class_labels_are_searched_by_default(pipe):
@@ -280,6 +189,7 @@ def test_accelerate_launch_writes_what_from_pretrained_loads(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {
         "images.png",
+        "report.html",
         "report.json",
         "scheduler_config.json",
         "solver/searched_solver.safetensors",

@@ -1,0 +1,69 @@
+"""NetworkCalls: what predictions cost."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import DiffusionPipeline
+
+
+class NetworkCalls:
+    """
+    Counts samples that went through a pipeline's network, guidance included.
+
+    An evaluation counts as many as went through the busiest of the pipeline's networks. So guidance in one double
+    batch and guidance in two calls count the same, two experts that take turns count as one, and what runs beside the
+    denoiser (a ControlNet) or before the loop (text encoders) adds nothing. The evaluation that opens a field counts.
+
+    Args:
+        pipe (`DiffusionPipeline`): Its `torch.nn.Module` components are watched while a field evaluates.
+        on_call (*optional*): Is told every number of samples, say to move a progress bar.
+
+    Attributes:
+        count (`int`): Samples so far.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, on_call: Callable[[int], object] = lambda samples: None):
+        self.count = 0
+        self._on_call = on_call
+        self._samples: Counter | None = None
+        modules = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+        self._removers = [self._watch(module) for module in modules]
+
+    def _watch(self, module: torch.nn.Module) -> Callable[[], object]:
+        """Have `_record` told of a module's calls; returns what ends that."""
+        compiled = module._compiled_call_impl
+        if compiled is None:
+            return module.register_forward_pre_hook(self._record, with_kwargs=True).remove
+
+        # `module.compile()` compiles hooks too, and would again at every call because the count has changed.
+        def call(*args, **kwargs):
+            self._record(module, args, kwargs)
+            return compiled(*args, **kwargs)
+
+        module._compiled_call_impl = call
+        return lambda: setattr(module, "_compiled_call_impl", compiled)
+
+    def _record(self, module, args, kwargs):
+        if self._samples is not None:
+            batches = (len(value) for value in (*args, *kwargs.values()) if torch.is_tensor(value) and value.ndim)
+            self._samples[module] += next(batches, 1)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Count what happens inside as one evaluation."""
+        self._samples = Counter()
+        try:
+            yield
+        finally:
+            samples, self._samples = max(self._samples.values(), default=0), None
+            if samples:
+                self.count += samples
+                self._on_call(samples)
+
+    def remove(self):
+        """Stop watching."""
+        for remove in self._removers:
+            remove()
+        self._removers = []
