@@ -3,7 +3,8 @@ Search few-step solvers for a diffusers pipeline and measure them.
 
     accelerate launch search/run.py --pipeline examples/digits-sit --num-steps 5 8 10 --output-dir OUT
 
-OUT is then what `SearchedSolverScheduler.from_pretrained(OUT)` loads, with `report.json` and `images.png` beside it.
+OUT is then what `SearchedSolverScheduler.from_pretrained(OUT)` loads, with `report.html`, `report.json` and
+`images.png` beside it.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from search.evaluate import compare, format_table
 from search.field import FieldError, NetworkCalls
 from search.images import SampleImages, draw_samples, image_grid
 from search.loading import NAMES, build_conditions, load_pipeline
+from search.report import write_report
 from search.strategy import (
     BATCH_SIZE,
     EVALUATION_SEEDS,
@@ -120,6 +122,7 @@ def main(arguments: list[str] | None = None):
         images = _draw_images(pipe, scheduler, conditions, tables, args)
         if images is not None:
             image_grid(images).save(Path(aside, "images.png"))
+        write_report(Path(aside), images)
         _publish(Path(aside), args.output_dir)
     print(f"\nWrote {args.output_dir}. Use it with\n  from diffusers_searched_solver import SearchedSolverScheduler")
     print(f"  pipe.scheduler = SearchedSolverScheduler.from_pretrained({str(args.output_dir)!r})")

@@ -68,11 +68,12 @@ def compare_trajectories(
 
     Returns:
         A row for each: `solver`, its name; `timesteps` (N+1), where the model's noise process has the noise levels of
-        its nodes; and `errors` (N+1), there, root mean square distances to the teacher's states of the same samples.
+        its nodes; `errors` (N+1), there, root mean square distances to the teacher's states of the same samples; and
+        `num_samples`, how many these are.
     """
     contenders = {
         "searched": solver,
-        "its nodes, classical coefficients": with_classical_coefficients(solver),
+        f"AB{CLASSICAL_ORDER} on its nodes": with_classical_coefficients(solver),
         "classical table": classical,
     }
     return [{"solver": name, **_errors(contender, batch, teacher)} for name, contender in contenders.items()]
@@ -83,4 +84,8 @@ def _errors(solver: SearchedSolver, batch: Batch, teacher: Trajectory) -> dict:
     states = rollout(batch.field, solver).states
     errors = [sample_errors(state, teacher(*level)) for state, level in zip(states, levels, strict=True)]
     timesteps = batch.field.process.timesteps(solver.alphas, solver.sigmas)
-    return {"timesteps": timesteps.tolist(), "errors": [root_mean_square(e) for e in errors]}
+    return {
+        "timesteps": timesteps.tolist(),
+        "errors": [root_mean_square(of_samples) for of_samples in errors],
+        "num_samples": len(batch.field.seeds),
+    }

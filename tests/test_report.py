@@ -1,0 +1,303 @@
+"""The report in a real browser: every control works, nothing overflows, nothing is fetched, nobody is left out."""
+
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from search.charts import LABEL_HEIGHT, Axis, Chart, Line
+from search.evaluate import is_diffusers_scheduler
+from search.images import SampleImages
+from search.report import write_report
+from search.run import main
+
+
+ROOT = Path(__file__).parent.parent
+BROWSER_OPTIONS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-first-run",
+)
+INJECTIONS = ('"><img src=x onerror=attack()>', "</script><script>attack()</script>", "</title><svg onload=attack()>")
+# Colours of all text that is shown, and of the backgrounds behind it, as [r, g, b] from 0 to 1.
+TEXT_COLOURS = """
+const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+const rgba = (colour) => {
+  canvas.clearRect(0, 0, 1, 1);
+  canvas.fillStyle = colour;
+  canvas.fillRect(0, 0, 1, 1);
+  return Array.from(canvas.getImageData(0, 0, 1, 1).data, (v) => v / 255);
+};
+const behind = (element) => {
+  for (let e = element; e; e = e.parentElement) {
+    const colour = rgba(getComputedStyle(e).backgroundColor);
+    if (colour[3] === 1) return colour;
+  }
+};
+const texts = [...document.body.querySelectorAll("*")].filter((e) => e.checkVisibility()
+  && [...e.childNodes].some((n) => n.nodeType === Node.TEXT_NODE && n.data.trim()));
+const marks = [...document.querySelectorAll(".chart g")].filter((e) => e.checkVisibility());
+return [...texts.map((e) => [4.5, e]), ...marks.map((e) => [3, e])].map(([least, e]) =>
+  [least, rgba(getComputedStyle(e).color), behind(e), e.textContent.trim() || e.dataset.line]);
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a small search wrote."""
+    out = tmp_path_factory.mktemp("report") / "out"
+    options = "--num-steps 2 4 --num-samples 4 --num-eval-samples 8 --teacher-steps 8 --guidance-scale 2"
+    main(["--pipeline", str(ROOT / "examples" / "digits-sit"), *options.split(), "--output-dir", str(out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not (binary and driver):
+        # In CI a missing browser is a failure: `.ci/run` installs one.
+        missing = pytest.fail if os.environ.get("CI") else pytest.skip
+        missing("There is no chromium with chromedriver here. Install both to test the report in a browser.")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for option in (*BROWSER_OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, Service(driver))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture()
+def page(browser, folder):
+    """Opens the report, or another, at a width and in a colour scheme; in the end nothing was said or fetched."""
+
+    def open_page(width=1280, scheme="light", media="screen", of=folder):
+        device = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+        browser.get((of / "report.html").as_uri())
+        return browser
+
+    browser.get("about:blank")
+    browser.get_log("browser"), browser.get_log("performance")
+    yield open_page
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert urls
+    assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
+    assert len({url for url in urls if url.startswith("file:")}) == 1
+
+
+def shown_steps(browser):
+    blocks = browser.find_elements(By.CSS_SELECTOR, "[data-steps]")
+    return {block.get_attribute("data-steps") for block in blocks if block.is_displayed()}
+
+
+def shown_images(browser, kind):
+    return [image for image in browser.find_elements(By.CSS_SELECTOR, f".tiles {kind}") if image.is_displayed()]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_overflows_and_all_text_can_be_read(page, width, scheme):
+    browser = page(width, scheme)
+    for _ in range(2):
+        right_edges = "return [...document.querySelectorAll('body *')].map(e => e.getBoundingClientRect().right)"
+        # Dots at the edge of a plot stand out by their radius, 3 pixels, into the margin of 16.
+        assert max(browser.execute_script(right_edges)) <= width
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        for least, text, background, content in browser.execute_script(TEXT_COLOURS):
+            assert contrast(text, background) >= least, content
+        browser.find_element(By.ID, "steps").send_keys(Keys.ARROW_RIGHT)
+
+
+def contrast(first, second):
+    """Source: Web Content Accessibility Guidelines 2.2, contrast ratio."""
+
+    def luminance(colour):
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in colour[:3]]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_control_works_from_the_keyboard_alone(page):
+    browser = page()
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
+    assert browser.switch_to.active_element.get_attribute("id") == "steps"
+    for key, steps in ((Keys.ARROW_RIGHT, "4"), (Keys.ARROW_LEFT, "2"), (Keys.END, "4"), (Keys.HOME, "2")):
+        browser.switch_to.active_element.send_keys(key)
+        assert shown_steps(browser) == {steps}
+        assert browser.find_element(By.ID, "steps-shown").text == steps
+        assert browser.switch_to.active_element.get_attribute("aria-valuetext") == f"{steps} steps"
+
+    browser.switch_to.active_element.send_keys(Keys.TAB)
+    assert browser.switch_to.active_element.get_attribute("id") == "show-errors"
+    assert shown_images(browser, ".sample") and not shown_images(browser, ".error")
+    browser.switch_to.active_element.send_keys(Keys.SPACE)
+    assert shown_images(browser, ".error") and not shown_images(browser, ".sample")
+
+    browser.switch_to.active_element.send_keys(Keys.TAB)
+    select = browser.switch_to.active_element
+    assert select.get_attribute("id") == "rival"
+    chosen = select.get_attribute("value")
+    select.send_keys(Keys.END)
+    assert select.get_attribute("value") != chosen
+    for mark in ("g.rival", ".leaders .rival", ".labels .rival"):
+        highlighted = browser.find_elements(By.CSS_SELECTOR, f"#errors {mark}")
+        assert [line.get_attribute("data-line") for line in highlighted] == [select.get_attribute("value")]
+
+
+def test_assistive_technology_finds_a_name_for_every_control_image_and_chart(page):
+    browser = page()
+    nodes = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    named = [
+        (node["role"]["value"], node.get("name", {}).get("value", ""))
+        for node in nodes
+        if not node["ignored"] and node["role"]["value"] in ("slider", "checkbox", "combobox", "image", "table")
+    ]
+    assert all(name for role, name in named if role != "table")
+    assert {"slider", "checkbox", "combobox", "image", "table"} == {role for role, _ in named}
+    assert ("image", "class 0: searched, 2 steps") in named
+    assert browser.find_element(By.TAG_NAME, "html").get_attribute("lang") == "en"
+
+
+def test_paper_has_no_controls_and_shows_every_step_count_with_errors(page, browser):
+    page(720, "dark", "print")
+    assert shown_steps(browser) == {"2", "4"}
+    assert not any(control.is_displayed() for control in browser.find_elements(By.CSS_SELECTOR, "input, select"))
+    assert shown_images(browser, ".error") and shown_images(browser, ".sample")
+    style = "const style = getComputedStyle(document.body); return [style.color, style.backgroundColor]"
+    assert browser.execute_script(style) == ["rgb(30, 29, 27)", "rgb(253, 252, 250)"]
+
+
+def test_without_scripts_everything_is_there_and_no_control_is_dead(page, browser):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        page()
+        assert shown_steps(browser) == {"2", "4"}
+        controls = browser.find_elements(By.CSS_SELECTOR, "input, select")
+        # The one that is left works by style sheet.
+        assert [control.get_attribute("id") for control in controls if control.is_displayed()] == ["show-errors"]
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_the_tables_hold_the_numbers_of_the_report(page, report):
+    browser = page()
+    for num_steps, rows in report["evaluation"]["results"].items():
+        table = browser.find_element(By.CSS_SELECTOR, f"#errors [data-steps='{num_steps}'] tbody")
+        shown = table.find_elements(By.TAG_NAME, "tr")
+        for row, line in zip(rows, shown, strict=True):
+            text = line.get_attribute("textContent")
+            assert row["error_interval"][0] <= row["endpoint_error"] <= row["error_interval"][1]
+            for value in (row["endpoint_error"], *row["error_interval"], row["median_error"]):
+                assert f"{value:#.3g}" in text
+            assert row["solver"] in text and row["setting"] in text
+    text = browser.find_element(By.TAG_NAME, "main").get_attribute("textContent")
+    assert report["command"] in text
+    assert f"{report['search']['cost_with_teacher']['4']['network_calls']:,}" in text
+
+
+@pytest.mark.parametrize("attack", INJECTIONS)
+def test_what_others_wrote_is_text_and_nothing_else(page, folder, tmp_path, attack):
+    evil = tmp_path / "evil"
+    shutil.copytree(folder, evil)
+    report = json.loads((evil / "report.json").read_text())
+    for rows in report["evaluation"]["results"].values():
+        next(row for row in rows if is_diffusers_scheduler(row)).update(solver=attack, setting=attack)
+    report.update(pipeline=attack, pipeline_class=attack, guidance_scale=attack, command=f"run.py --prompts {attack}")
+    report["versions"][attack] = attack
+    (evil / "report.json").write_text(json.dumps(report))
+    black = [Image.new("RGB", (300, 200))]
+    images = SampleImages([attack], 16, black, {2: {attack: black, "searched": black}})
+    write_report(evil, images)
+    browser = page(360, of=evil)
+    assert browser.find_element(By.TAG_NAME, "h1").text == attack
+    assert browser.find_element(By.TAG_NAME, "code").get_attribute("textContent") == f"run.py --prompts {attack}"
+    assert browser.find_element(By.CSS_SELECTOR, ".tiles img").get_attribute("alt").startswith(attack)
+    assert len(browser.find_elements(By.TAG_NAME, "script")) == 1
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+
+
+class Attributes(HTMLParser):
+    """All (tag, attribute, value) of a page."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.found = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [(tag, *attribute) for attribute in attrs]
+
+
+def test_the_file_refers_to_nothing_outside_itself(folder):
+    html = (folder / "report.html").read_text()
+    references = [v for _, name, v in Attributes(html).found if name in ("src", "href", "srcset", "data", "action")]
+    assert len(references) > 8
+    assert all(value.startswith("data:image/webp;base64,") for value in references)
+    assert not re.search(r"url\(|@import", html)
+
+
+def test_a_pipeline_that_makes_no_images_still_has_a_report(page, folder, tmp_path):
+    for name in ("report.json", "solver"):
+        (shutil.copytree if name == "solver" else shutil.copy)(folder / name, tmp_path / name)
+    write_report(tmp_path)
+    browser = page(of=tmp_path)
+    assert not browser.find_elements(By.TAG_NAME, "img")
+    assert browser.find_elements(By.CSS_SELECTOR, ".chart")
+
+
+@pytest.mark.parametrize(
+    ("axis", "labels"),
+    [
+        (Axis(1000, 0), ["0", "200", "400", "600", "800", "1000"]),
+        (Axis(0, 0.07), ["0", "0.02", "0.04", "0.06"]),
+        (Axis(0.004, 0.3, log=True), ["0.005", "0.01", "0.02", "0.05", "0.1", "0.2"]),
+    ],
+    ids=["time", "error", "logarithmic error"],
+)
+def test_ticks_are_round_values_in_their_places(axis, labels):
+    assert [label for _, label in axis.ticks()] == labels
+    for place, label in axis.ticks():
+        assert place == axis.at(float(label))
+        assert 0 <= place <= 100
+
+
+def test_labels_keep_their_distance_and_their_order():
+    ends = [0.5, 0.5, 0.49, 0.0, 0.01, 1.0, 0.51]
+    lines = [Line(str(end), "other", [(0, 0.5), (1, end)]) for end in ends]
+    chart = Chart("", Axis(0, 1), Axis(0, 1), "", "", lines, height=20)
+    tops = chart.label_tops()
+    order = sorted(range(len(ends)), key=lambda k: tops[k])
+    assert [ends[k] for k in order] == sorted(ends, reverse=True)
+    gaps = [tops[b] - tops[a] for a, b in zip(order, order[1:], strict=False)]
+    # Places are rounded to a hundredth.
+    assert min(gaps) >= 100 * LABEL_HEIGHT / 20 - 0.02
+    assert (tops[5], tops[3]) == (0, 100)
