@@ -37,7 +37,7 @@ def write_report(folder: Path, images: SampleImages | None = None) -> None:
     """
     report = json.loads((folder / "report.json").read_text())
     file = load_solver_file(folder / SOLVER_FILE)
-    results = {int(n): rows for n, rows in report["evaluation"]["results"].items()}
+    results = {int(n): rows for n, rows in sorted(report["evaluation"]["results"].items(), key=lambda kv: int(kv[0]))}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -70,20 +70,21 @@ def _summary(num_steps: int, rows: Sequence[Mapping]) -> dict:
 
 
 def _error_chart(results: Mapping[int, Sequence[Mapping]]) -> Chart:
-    """Errors against steps: the searched solver, then the rivals, the best at the most steps first."""
-    counts = sorted(results)
-    names = [row["solver"] for row in results[counts[-1]]]
-    rows = {name: {n: row for n in counts for row in results[n] if row["solver"] == name} for name in names}
-    rival = next(row["solver"] for row in results[counts[-1]] if is_diffusers_scheduler(row))
-    lines = [
-        Line(
-            name,
-            {"searched": "searched", rival: "rival"}.get(name, "other"),
-            [(n, row["endpoint_error"]) for n, row in of_name.items()],
-            [(n, *row["error_interval"]) for n, row in of_name.items()],
-        )
-        for name, of_name in sorted(rows.items(), key=lambda item: item[0] != "searched")
-    ]
+    """
+    Errors against steps: the searched solver, then the rivals, the best at the most steps first. A rival that diverges
+    is in the table alone.
+    """
+    counts = list(results)
+    last = sorted(results[counts[-1]], key=lambda row: row["solver"] != "searched")
+    rival = next(row["solver"] for row in last if is_diffusers_scheduler(row))
+    lines = []
+    for name in (row["solver"] for row in last):
+        rows = {n: row for n in counts for row in results[n] if row["solver"] == name}
+        if np.isfinite([row["error_interval"] for row in rows.values()]).all():
+            points = [(n, row["endpoint_error"]) for n, row in rows.items()]
+            intervals = [(n, *row["error_interval"]) for n, row in rows.items()]
+            role = {"searched": "searched", rival: "rival"}.get(name, "other")
+            lines.append(Line(name, role, points, intervals))
     lowest = min(low for line in lines for _, low, _ in line.whiskers)
     highest = max(high for line in lines for _, _, high in line.whiskers) or 1.0
     return Chart(
@@ -190,7 +191,7 @@ def _tiles(images: SampleImages) -> dict:
             name: list(zip(_data_uris(row), _data_uris(error_images(row, images.teacher)), strict=True))
             for name, row in rows.items()
         }
-        for num_steps, rows in images.samples.items()
+        for num_steps, rows in sorted(images.samples.items())
     }
     width, height = images.teacher[0].size
     return {

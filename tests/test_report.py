@@ -274,6 +274,19 @@ def test_a_pipeline_that_makes_no_images_still_has_a_report(page, folder, tmp_pa
     assert browser.find_elements(By.CSS_SELECTOR, ".chart")
 
 
+def test_a_rival_that_diverges_is_in_the_table_but_not_in_the_chart(page, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "out")
+    report = json.loads((folder / "report.json").read_text())
+    row = report["evaluation"]["results"]["4"][-1]
+    row.update(endpoint_error=float("inf"), error_interval=[0.1, float("inf")])
+    (tmp_path / "out" / "report.json").write_text(json.dumps(report))
+    write_report(tmp_path / "out")
+    browser = page(of=tmp_path / "out")
+    chart = browser.find_element(By.CSS_SELECTOR, "#errors .chart").get_attribute("aria-label")
+    assert "searched: " in chart and f"{row['solver']}: " not in chart
+    assert "0.100 to inf" in browser.find_element(By.ID, "errors").get_attribute("textContent")
+
+
 @pytest.mark.parametrize(
     ("axis", "labels"),
     [
