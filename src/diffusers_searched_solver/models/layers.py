@@ -32,7 +32,7 @@ class TimeEmbedder(nn.Module):
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
     def frequencies(self, device: torch.device) -> torch.Tensor:
-        """Return f_k = max_period^(-k/K), K numbers, in the operations of the official code: t = 999 shows each."""
+        """Return f_k = max_period^(-k/K), K numbers, rounded as by the official code: t = 999 shows the last bit."""
         k = torch.arange(self.num_frequencies, dtype=torch.float32, device=device)
         return torch.exp(-math.log(self.max_period) * k / self.num_frequencies)
 
