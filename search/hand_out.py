@@ -58,8 +58,9 @@ class HandOutScheduler(SearchedSolverScheduler):
         # A copy, because a compiled network may use the memory of its output again.
         x, timestep, differentiable = self.driver.switch((model_output.clone(), sample))
         torch.set_grad_enabled(differentiable)
-        self.time = torch.as_tensor(timestep, dtype=torch.float32, device=self.timesteps.device)
-        number = float(timestep.detach()) if torch.is_tensor(timestep) else timestep
+        has_graph = torch.is_tensor(timestep)
+        number = float(timestep.detach()) if has_graph else timestep
+        self.time = timestep.to(self.timesteps) if has_graph else torch.full_like(self.time, number)
         self.timesteps[self.index + 1 : self.index + 2] = number
         self.sigmas[self.index + 1] = self._sigma(number)
         x = x.to(model_output.dtype)

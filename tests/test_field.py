@@ -40,6 +40,7 @@ from accelerate import cpu_offload
 from diffusers import DiTPipeline
 from PIL import Image
 from tiny_pipelines import BUILDERS, NUM_STEPS, OWN_SCHEDULE, TOKENS, build
+from torch._dynamo.testing import CompileCounter
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, time_grid
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
@@ -321,6 +322,16 @@ def test_a_field_that_is_closed_or_dropped_leaves_the_pipeline_and_the_gradient_
     assert not dit.transformer._forward_pre_hooks
 
 
+def test_closing_a_field_ends_the_call_as_the_pipeline_does_itself(dit, open_field, monkeypatch):
+    """So that offloaded networks leave the accelerator."""
+    ends = []
+    monkeypatch.setattr(dit, "maybe_free_model_hooks", lambda: ends.append(True))
+    field = open_field(dit, DIGITS, [0, 1])
+    field.close()
+    field.close()
+    assert ends == [True]
+
+
 def test_a_closed_field_opens_again(dit, open_field):
     field = open_field(dit, DIGITS, [0, 1])
     noise, prediction = field.noise, field(field.noise, 400.0)
@@ -520,22 +531,43 @@ def test_a_network_that_only_runs_forward_makes_the_same_run_over_the_field(chan
     assert all(torch.equal(state, own) for state, own in zip(states, expected, strict=True))
     assert field.calls.count == (1 + 3) * 2 * 2
     assert states[-1].float().std() > 0.1
+    assert torch.equal(field(x.float(), 500.0), field(x, 500.0))
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "in a wrapper"])
+def test_a_compiled_network_is_not_compiled_again_for_the_field(in_place, open_field):
+    torch.compiler.reset()
+    pipe, counter = load("digits-dit"), CompileCounter()
+    if in_place:
+        pipe.transformer.compile(backend=counter, fullgraph=True)
+    else:
+        pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
+    pipe.scheduler = SearchedSolverScheduler.from_config(pipe.scheduler.config)  # its times are float, not whole
+    pipe(**DIGITS, num_inference_steps=2, output_type="np")
+    assert counter.frame_count == 1
+    field = open_field(pipe, DIGITS, [0, 1])
+    for timestep in (900.0, 500.0, 100.0):
+        field(field.noise, timestep)
+    assert field.calls.count == (1 + 3) * 2 * 2
+    assert counter.frame_count == 1
 
 
 def test_predictions_survive_a_network_that_uses_its_output_memory_again(open_field):
     """As compiled networks do that replay a CUDA graph."""
-    pipe, memory = load("digits-sit"), {}
+    pipe = build("flux").pipe
+    memory = torch.empty_like(pipe.transformer.proj_out.weight[:0])
 
     def reuse(module, args, output):
-        held = memory.setdefault(output[0].shape, torch.empty_like(output[0]))
-        return (held.copy_(output[0]),)
+        return (memory.resize_(output[0].shape).copy_(output[0]),)
 
-    pipe.transformer.register_forward_hook(reuse)
-    field = open_field(pipe, {**DIGITS, "guidance_scale": 1.0}, [0, 1])
+    handle = pipe.transformer.register_forward_hook(reuse)
+    field = open_field(pipe, inputs_of("flux"), [0])
     first = field(field.noise, 900.0)
     kept = first.clone()
-    field(field.noise, 100.0)
+    second = field(field.noise, 100.0)
+    handle.remove()
     assert torch.equal(first, kept)
+    assert not torch.equal(first, second)
 
 
 # Gradients
