@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from diffusers_searched_solver import NoiseProcess, SearchedSolver
+from diffusers_searched_solver import NoiseProcess, SearchedSolver, process_from_config
 
 from .baselines import classical_solvers, diffusers_schedulers, run_scheduler
 from .field import PipelineField
+from .processes import gather
 from .rollout import Batch, rollout, root_mean_square, sample_errors
 
 
@@ -26,17 +27,17 @@ def compare(
     Args:
         solver: The searched one.
         scheduler_config: Of the pipeline's own scheduler.
-        tuning, evaluation: Different noises with the teacher's end points.
+        tuning, evaluation: This process's batches of different noises, with the teacher's end points.
 
     Returns:
         One row a family, best first: `solver`, `setting`, `endpoint_error` (root mean square over samples),
         `error_interval`, its 95 % bootstrap interval over samples, `median_error`, and, but for the searched one,
         `ratio` of the searched error to this, with its `ratio_interval`.
     """
-    num_steps = solver.num_steps
+    num_steps, process = solver.num_steps, process_from_config(scheduler_config)
     searched = _errors(evaluation, lambda field: rollout(field, solver).end)
     rows = [_row("searched", "", searched)]
-    for family, settings in _families(scheduler_config, tuning[0].field.process, num_steps).items():
+    for family, settings in _families(scheduler_config, process, num_steps).items():
         best = min(settings, key=lambda name: root_mean_square(_errors(tuning, settings[name])))
         errors = _errors(evaluation, settings[best])
         rows.append({**_row(family, best, errors), **_ratio(searched, errors)})
@@ -44,15 +45,15 @@ def compare(
 
 
 def _errors(batches: Sequence[Batch], run: Callable[[PipelineField], torch.Tensor]) -> torch.Tensor:
-    """The error of every sample at the end of a run, one after another."""
+    """The error of every sample of all processes at the end of a run, one after another."""
     errors = []
     for batch in batches:
         noise, count = batch.field.noise, len(batch.field.seeds)
-        errors.append(sample_errors(run(batch.field), batch.target))
+        errors.append(sample_errors(run(batch.field), batch.target).cpu())
         # DiTPipeline's states hold every sample twice under guidance: one of them is evidence enough.
         if len(noise) == 2 * count and torch.equal(noise[:count], noise[count:]):
             errors[-1] = errors[-1][:count]
-    return torch.cat(errors)
+    return torch.cat(gather(batches, errors))
 
 
 def _families(

@@ -13,7 +13,7 @@ from .hand_out import FieldError, HandOutScheduler
 from .network_calls import NetworkCalls
 
 
-__all__ = ["FieldError", "NetworkCalls", "PipelineField", "merge_conditions"]
+__all__ = ["FieldError", "NetworkCalls", "PipelineField", "describe", "merge_conditions"]
 
 
 class PipelineField:
@@ -119,7 +119,7 @@ class PipelineField:
             raise
         except Exception as error:
             raise FieldError(
-                f"The call of {type(self.pipe).__name__} with {_describe(self.call_kwargs)} failed: "
+                f"The call of {type(self.pipe).__name__} with {describe(self.call_kwargs)} failed: "
                 f"{type(error).__name__}: {error}. Make the same call yourself with your own scheduler to see whether "
                 "the arguments are right."
             ) from error
@@ -191,7 +191,7 @@ def _leads_back(tensor: torch.Tensor, source: torch.Tensor) -> bool:
     return False
 
 
-def _describe(call_kwargs: Mapping) -> str:
+def describe(call_kwargs: Mapping) -> str:
     """Argument names and short values, for an error message."""
     return ", ".join(f"{key}={str(value)[:60]}" for key, value in call_kwargs.items()) or "no arguments"
 

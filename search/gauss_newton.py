@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from .parameters import Entry, SolverFamily
+from .processes import gather
 from .rollout import Batch, Run, rollout
 
 
@@ -34,7 +35,8 @@ def gauss_newton_iteration(
 
     Args:
         family, vector: Where to search and where to start.
-        train: Samples to fit.
+        train: This process's samples to fit. What all processes' samples say comes together as J^T W J, J^T W r and
+            errors, so the outcome is the same on any number of processes.
         times_only (`bool`): Whether only the node times are searched.
 
     Returns:
@@ -82,25 +84,32 @@ class _LinearModel:
             self.jacobians.append(torch.einsum("ep,ebd->pbd", chain.to(columns), columns))
             ends.append(run.end)
         self.residuals = _residuals(ends, train)
-        median = float(torch.cat([_mean_squares(r) for r in self.residuals]).median().sqrt())
-        self.scale = max(ROBUSTNESS * median, SMALLEST_SCALE)
+        self.scale = max(ROBUSTNESS * float(self._squares(self.residuals).median().sqrt()), SMALLEST_SCALE)
         self.loss = self._loss(self.residuals)
 
+    def _squares(self, residuals: list[torch.Tensor]) -> torch.Tensor:
+        """e^2 of the samples of all processes."""
+        return torch.cat(gather(self.train, [_mean_squares(r).cpu() for r in residuals]))
+
     def _loss(self, residuals: list[torch.Tensor]) -> float:
-        squares = torch.cat([_mean_squares(r) for r in residuals])
-        loss = float(torch.log1p(squares / self.scale**2).mean()) * self.scale**2
+        loss = float(torch.log1p(self._squares(residuals) / self.scale**2).mean()) * self.scale**2
         return loss if np.isfinite(loss) else np.inf
 
     def damped_step(self, damping: float) -> np.ndarray:
         """The Levenberg-Marquardt step of the parameters."""
-        normal, gradient = 0.0, 0.0
-        for r, jacobian in zip(self.residuals, self.jacobians, strict=True):
-            weights = 1 / (1 + _mean_squares(r) / self.scale**2)
-            weighted = jacobian.double() * weights[:, None]
-            normal += torch.einsum("pbd,qbd->pq", weighted, jacobian.double()).cpu().numpy()
-            gradient += torch.einsum("pbd,bd->p", weighted, r.double()).cpu().numpy()
+        products = [self._products(r, J) for r, J in zip(self.residuals, self.jacobians, strict=True)]
+        normal, gradient = (sum(each) for each in zip(*gather(self.train, products), strict=True))
         self._metric = np.maximum(np.diag(normal), 1e-9 * np.diag(normal).max())
         return -np.linalg.solve(normal + damping * np.diag(self._metric), gradient)
+
+    def _products(self, r: torch.Tensor, jacobian: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """J^T W J and J^T W r of one batch, sample by sample: only one sample's J is ever held in float64."""
+        normal, gradient = 0.0, 0.0
+        for k, square in enumerate(_mean_squares(r).tolist()):
+            weight, columns = 1 / (1 + square / self.scale**2), jacobian[:, k].double()
+            normal = normal + weight * (columns @ columns.T)
+            gradient = gradient + weight * (columns @ r[k].double())
+        return normal.cpu().numpy(), gradient.cpu().numpy()
 
     def try_step(self, step: np.ndarray) -> float:
         """

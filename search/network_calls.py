@@ -26,7 +26,7 @@ class NetworkCalls:
 
     def __init__(self, pipe: DiffusionPipeline, on_call: Callable[[int], object] = lambda samples: None):
         self.count = 0
-        self._on_call = on_call
+        self.on_call = on_call
         self._samples: Counter | None = None
         modules = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
         self._removers = [self._watch(module) for module in modules]
@@ -60,7 +60,7 @@ class NetworkCalls:
             samples, self._samples = max(self._samples.values(), default=0), None
             if samples:
                 self.count += samples
-                self._on_call(samples)
+                self.on_call(samples)
 
     def remove(self):
         """Stop watching."""

@@ -8,6 +8,7 @@ import torch
 from diffusers_searched_solver import SearchedSolver
 
 from .field import PipelineField
+from .processes import gather
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,12 @@ class Batch:
     Args:
         field: The pipeline's predictions for these samples; `field.noise` is where they begin.
         target (`torch.Tensor`): Where the teacher ends, of `field.noise`'s shape, at least float32.
+        index (`tuple[int, ...]`): Its place among the batches of all processes.
     """
 
     field: PipelineField
     target: torch.Tensor
+    index: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ def sample_errors(end: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def endpoint_errors(batches: Sequence[Batch], solver: SearchedSolver) -> torch.Tensor:
-    """The error of every sample, one after another."""
-    return torch.cat([sample_errors(rollout(batch.field, solver).end, batch.target) for batch in batches])
+    """The error of every sample of all processes, one after another."""
+    errors = [sample_errors(rollout(batch.field, solver).end, batch.target).cpu() for batch in batches]
+    return torch.cat(gather(batches, errors))
 
 
 def root_mean_square(errors: torch.Tensor) -> float:

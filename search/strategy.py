@@ -1,18 +1,24 @@
 """The search of a solver: from classical tables over node times to everything, with ever more samples."""
 
+import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_searched_solver import NoiseProcess, SearchedSolver, time_grid
+from diffusers_searched_solver import NoiseProcess, SearchedSolver, SearchedSolverScheduler, time_grid
 
+from .cache import TeacherCache
 from .field import NetworkCalls
 from .gauss_newton import MIN_GAIN, gauss_newton_iteration
+from .journal import Journal
 from .parameters import SolverFamily
+from .processes import gather, total
 from .rollout import Batch, endpoint_errors, root_mean_square
-from .teacher import make_batches
+from .teacher import NO_CACHE, count_batches, make_batches
 
 
 FITTERS = ("gauss-newton",)
@@ -61,14 +67,16 @@ def search_solver(
         FieldError: If the pipeline's call fails.
     """
     check_settings([num_steps], conditions, num_samples, teacher_steps, batch_size, fitter)
-    calls, train, held_out = NetworkCalls(pipe), [], []
+    calls = NetworkCalls(pipe)
+    problem = None
     try:
-        train, held_out = search_batches(pipe, conditions, num_samples, seed, teacher_steps, batch_size, calls)
-        return fit_solver(train, held_out, num_steps, calls, max_calls, log)
+        problem = search_problem(pipe, conditions, num_samples, seed, teacher_steps, batch_size, calls)
+        *_, solver = fit_solver(problem, num_steps, max_calls, Journal(calls), log)
+        return solver
     finally:
         calls.remove()
-        for batch in [*train, *held_out]:
-            batch.field.close()
+        if problem is not None:
+            problem.close()
 
 
 def check_settings(step_counts, conditions, num_samples, teacher_steps, batch_size, fitter):
@@ -87,7 +95,43 @@ def check_settings(step_counts, conditions, num_samples, teacher_steps, batch_si
             raise ValueError(f"`num_steps` is {num_steps}, expected at least 2: one step leaves nothing to search.")
 
 
-def search_batches(
+@dataclass(frozen=True)
+class Problem:
+    """
+    What a solver is fitted to.
+
+    Args:
+        process, prediction_type: Of the pipeline.
+        train, held_out: This process's samples to fit, and samples that judge.
+        num_train_batches (`int`): Of all processes.
+        teacher_calls (`int`): What the teacher's end points cost all processes.
+    """
+
+    process: NoiseProcess
+    prediction_type: str
+    train: list[Batch]
+    held_out: list[Batch]
+    num_train_batches: int
+    teacher_calls: int
+
+    def share_of_train(self, parts: int) -> list[Batch]:
+        """This process's of the first 1 / `parts` of the batches to fit, at least one over all processes."""
+        last = max(1, self.num_train_batches // parts)
+        return [batch for batch in self.train if batch.index[0] < last]
+
+    def fingerprint(self) -> str:
+        """A hash of the noises and the teacher's end points of all processes."""
+        batches = [*self.train, *self.held_out]
+        digests = [_digest(batch.field.noise, batch.target) for batch in batches]
+        return hashlib.sha256("".join(gather(batches, digests)).encode()).hexdigest()
+
+    def close(self):
+        """End the pipeline's calls."""
+        for batch in [*self.train, *self.held_out]:
+            batch.field.close()
+
+
+def search_problem(
     pipe: DiffusionPipeline,
     conditions: Sequence[Mapping],
     num_samples: int,
@@ -95,12 +139,23 @@ def search_batches(
     teacher_steps: int,
     batch_size: int,
     calls: NetworkCalls,
-) -> tuple[list[Batch], list[Batch]]:
+    cache: TeacherCache = NO_CACHE,
+) -> Problem:
     """The noises to fit and, a quarter as many, the noises that judge, with the teacher's end points."""
-    return tuple(
-        make_batches(pipe, conditions, split_seeds(seed, split, count), batch_size, teacher_steps, calls)
+    own = SearchedSolverScheduler.from_config(pipe.scheduler.config)
+    before = calls.count
+    train, held_out = (
+        make_batches(pipe, conditions, split_seeds(seed, split, count), batch_size, teacher_steps, calls, cache)
         for split, count in ((TRAIN_SEEDS, num_samples), (HELD_OUT_SEEDS, max(1, num_samples // 4)))
     )
+    num_batches = count_batches(conditions, num_samples, batch_size)
+    spent = total(calls.count - before)
+    return Problem(own.process, own.config.prediction_type, train, held_out, num_batches, spent)
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    content = b"".join(tensor.cpu().float().numpy().tobytes() for tensor in tensors)
+    return hashlib.sha256(content).hexdigest()
 
 
 def split_seeds(seed: int, split: int, count: int) -> list[int]:
@@ -109,13 +164,8 @@ def split_seeds(seed: int, split: int, count: int) -> list[int]:
 
 
 def fit_solver(
-    train: Sequence[Batch],
-    held_out: Sequence[Batch],
-    num_steps: int,
-    calls: NetworkCalls,
-    max_calls: int,
-    log: Callable[[str], None],
-) -> SearchedSolver:
+    problem: Problem, num_steps: int, max_calls: int, journal: Journal, log: Callable[[str], None]
+) -> Iterator[SearchedSolver]:
     """
     Search in three stages: the node times of an Adams-Bashforth solver, from several grids, on a quarter of the
     samples; everything, from the best of these, on half of them; everything on all.
@@ -125,45 +175,51 @@ def fit_solver(
     iteration, not before.
 
     Args:
-        train, held_out: Samples to fit and samples that judge.
+        problem: What to fit.
         num_steps (`int`): N.
-        calls: Counts what is spent; what it has counted before belongs to the budget.
         max_calls (`int`): As in `search_solver`.
+        journal: Knows what an interrupted search has done already.
         log: Is given a line per iteration.
 
-    Returns:
-        `SearchedSolver`: The visited one of the smallest error on `held_out`.
+    Yields:
+        `SearchedSolver`: After every iteration, the visited one of the smallest error on the samples that judge.
     """
-    process, prediction_type = train[0].field.process, train[0].field.prediction_type
-    quarter, half = (train[: max(1, len(train) // share)] for share in (4, 2))
-    family = SolverFamily(process, num_steps, ORDER, offsets=prediction_type != "flow_prediction")
+    family = SolverFamily(problem.process, num_steps, ORDER, offsets=problem.prediction_type != "flow_prediction")
+    quarter, half = problem.share_of_train(4), problem.share_of_train(2)
+    start = journal.spent
     visited: list[tuple[float, SearchedSolver]] = []
 
-    def loss_on_quarter(vector: np.ndarray) -> float:
-        return _error(quarter, family.solver(family.entries(vector)))
-
-    def visit(vector: np.ndarray, line: str):
+    def error(batches: Sequence[Batch], vector: np.ndarray) -> float:
         solver = family.solver(family.entries(vector))
-        visited.append((_error(held_out, solver), solver))
+        return journal.remember(lambda: root_mean_square(endpoint_errors(batches, solver)))
+
+    def iterate(vector: np.ndarray, batches: Sequence[Batch], times_only: bool) -> tuple[np.ndarray, float]:
+        def compute():
+            found, gain = gauss_newton_iteration(family, vector, batches, times_only)
+            return found.tolist(), gain
+
+        found, gain = journal.remember(compute)
+        return np.array(found), gain
+
+    def visit(vector: np.ndarray, line: str) -> SearchedSolver:
+        visited.append((error(problem.held_out, vector), family.solver(family.entries(vector))))
         log(f"{num_steps} steps, {line}: error {visited[-1][0]:.4g} on held-out noises")
+        return min(visited, key=lambda pair: pair[0])[1]
 
-    starts = [family.vector(timesteps) for timesteps in _start_grids(process, num_steps)]
-    visit(min(starts, key=loss_on_quarter), "classical start")
-    moved = [gauss_newton_iteration(family, start, quarter, times_only=True)[0] for start in starts]
-    vector, gain = gauss_newton_iteration(family, min(moved, key=loss_on_quarter), quarter, times_only=True)
-    visit(vector, "node times")
-    vector, gain = gauss_newton_iteration(family, vector, half, times_only=False)
-    visit(vector, "everything, half of the noises")
+    starts = [family.vector(timesteps) for timesteps in _start_grids(problem.process, num_steps)]
+    yield visit(min(starts, key=lambda vector: error(quarter, vector)), "classical start")
+    moved = [iterate(vector, quarter, times_only=True)[0] for vector in starts]
+    vector, _ = iterate(min(moved, key=lambda vector: error(quarter, vector)), quarter, times_only=True)
+    yield visit(vector, "node times")
+    vector, _ = iterate(vector, half, times_only=False)
+    yield visit(vector, "everything, half of the noises")
     for iteration in itertools.count(1):
-        before = calls.count
-        vector, gain = gauss_newton_iteration(family, vector, train, times_only=False)
-        visit(vector, f"everything, iteration {iteration}")
-        if not gain >= MIN_GAIN or 2 * calls.count - before > max_calls:
-            return min(visited, key=lambda pair: pair[0])[1]
-
-
-def _error(batches: Sequence[Batch], solver: SearchedSolver) -> float:
-    return root_mean_square(endpoint_errors(batches, solver))
+        before = journal.spent
+        vector, gain = iterate(vector, problem.train, times_only=False)
+        yield visit(vector, f"everything, iteration {iteration}")
+        spent = problem.teacher_calls + journal.spent - start
+        if not gain >= MIN_GAIN or spent + journal.spent - before > max_calls:
+            return
 
 
 def _start_grids(process: NoiseProcess, num_steps: int) -> list[np.ndarray]:

@@ -1,5 +1,7 @@
 """The teacher: a many-step run of the same pipeline, whose end points the searched solver has to reach."""
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -8,8 +10,15 @@ from diffusers import DiffusionPipeline
 from diffusers_searched_solver import NoiseProcess, SearchedSolver, time_grid
 from diffusers_searched_solver.process import log_snr_grid
 
-from .field import NetworkCalls, PipelineField, merge_conditions
-from .rollout import Batch, rollout
+from .cache import TeacherCache
+from .field import FieldError, NetworkCalls, PipelineField, describe, merge_conditions
+from .processes import share
+from .rollout import Batch
+
+
+logger = logging.getLogger(__name__)
+
+NO_CACHE = TeacherCache()
 
 
 def teacher_solver(process: NoiseProcess, num_steps: int) -> SearchedSolver:
@@ -25,6 +34,7 @@ def make_batches(
     batch_size: int,
     teacher_steps: int,
     calls: NetworkCalls,
+    cache: TeacherCache = NO_CACHE,
 ) -> list[Batch]:
     """
     Samples with the teacher's end points.
@@ -33,35 +43,64 @@ def make_batches(
         pipe: The pipeline to search for.
         conditions: Keyword arguments of a call that makes one sample each; used in turn.
         seeds: One for each sample.
-        batch_size (`int`): Samples of one pipeline call at most; conditions that cannot share a call get their own.
+        batch_size (`int`): Samples of one pipeline call at most; conditions that cannot share a call get their own,
+            and a call that runs out of memory is made in two halves.
         teacher_steps (`int`): Steps of the teacher, at least 3.
         calls: Counts the network calls.
+        cache: Where end points are kept.
 
     Returns:
-        `list[Batch]`: In the order of the seeds, except that samples with different call arguments are apart.
+        `list[Batch]`: This process's, in the order of the seeds, except that samples with different call arguments are
+            apart.
+
+    Raises:
+        ValueError: If an end point is not finite.
     """
-    batches = []
-    for call_kwargs, batch_seeds in _calls(conditions, seeds, batch_size):
-        field = PipelineField(pipe, call_kwargs, batch_seeds, calls)
-        end = rollout(field, teacher_solver(field.process, teacher_steps)).end
-        if not torch.isfinite(end).all():
-            raise ValueError(
-                f"The teacher's end point for seeds {batch_seeds} is not finite. Run the pipeline's network in "
-                "float32, or make sure that its own scheduler gives images with these arguments."
-            )
-        batches.append(Batch(field, end))
-    return batches
+
+    def batch(samples: Sequence[tuple[Mapping, int]], index: tuple[int, ...]) -> list[Batch]:
+        call_kwargs = functools.reduce(merge_conditions, (condition for condition, _ in samples))
+        try:
+            field = PipelineField(pipe, call_kwargs, [seed for _, seed in samples], calls)
+            end = cache.end(field, teacher_solver(field.process, teacher_steps), calls)
+        except (FieldError, torch.OutOfMemoryError) as error:
+            if len(samples) == 1 or not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
+                raise
+        else:
+            _check_finite(end, samples)
+            return [Batch(field, end, index)]
+        half = len(samples) // 2
+        logger.warning(f"{len(samples)} samples in one call run out of memory: going on with {half}.")
+        torch.cuda.empty_cache()
+        return batch(samples[:half], (*index, 0)) + batch(samples[half:], (*index, 1))
+
+    shared = share(list(enumerate(_calls(conditions, seeds, batch_size))))
+    return [made for index, samples in shared for made in batch(samples, (index,))]
 
 
-def _calls(conditions: Sequence[Mapping], seeds: Sequence[int], batch_size: int):
-    """Keyword arguments and seeds of each pipeline call."""
-    pending: list[tuple[dict, list[int]]] = []
+def count_batches(conditions: Sequence[Mapping], num_samples: int, batch_size: int) -> int:
+    """How many batches all processes have of so many samples."""
+    return len(_calls(conditions, range(num_samples), batch_size))
+
+
+def _calls(conditions: Sequence[Mapping], seeds: Sequence[int], batch_size: int) -> list[list[tuple[Mapping, int]]]:
+    """The samples of each pipeline call, as conditions and seeds."""
+    pending: list[tuple[Mapping, list[tuple[Mapping, int]]]] = []
     for i, seed in enumerate(seeds):
         condition = conditions[i % len(conditions)]
-        for k, (merged, merged_seeds) in enumerate(pending):
-            if len(merged_seeds) < batch_size and (joined := merge_conditions(merged, condition)) is not None:
-                pending[k] = (joined, [*merged_seeds, seed])
+        for k, (merged, samples) in enumerate(pending):
+            if len(samples) < batch_size and (joined := merge_conditions(merged, condition)) is not None:
+                pending[k] = (joined, [*samples, (condition, seed)])
                 break
         else:
-            pending.append((dict(condition), [seed]))
-    return pending
+            pending.append((condition, [(condition, seed)]))
+    return [samples for _, samples in pending]
+
+
+def _check_finite(end: torch.Tensor, samples: Sequence[tuple[Mapping, int]]):
+    for row in torch.nonzero(~torch.isfinite(end).flatten(1).all(1)).flatten().tolist():
+        condition, seed = samples[row % len(samples)]
+        raise ValueError(
+            f"The teacher's end point for seed {seed} with {describe(condition)} is not finite. Run the pipeline's "
+            "network in float32 (`--mixed-precision no`), or make sure that its own scheduler gives an image with "
+            "these arguments."
+        )

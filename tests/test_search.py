@@ -142,7 +142,7 @@ def test_a_network_that_gives_nan_is_reported(pipe, calls):
 
     handle = pipe.transformer.register_forward_hook(spoil)
     try:
-        with pytest.raises(ValueError, match="The teacher's end point for seeds .* is not finite"):
+        with pytest.raises(ValueError, match="The teacher's end point for seed 0 with class_labels=.* is not finite"):
             make_batches(pipe, conditions(), [0], 1, 8, calls)
     finally:
         handle.remove()

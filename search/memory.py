@@ -1,0 +1,27 @@
+"""Peak memory of the search, beside that of ordinary sampling."""
+
+import resource
+import sys
+from collections.abc import Mapping
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .network_calls import NetworkCalls
+from .teacher import make_batches
+
+
+def inference_memory(pipe: DiffusionPipeline, condition: Mapping, batch_size: int) -> float:
+    """Peak memory in bytes after an ordinary run of as many samples as one call of the search has."""
+    calls = NetworkCalls(pipe)
+    for batch in make_batches(pipe, [condition], list(range(batch_size)), batch_size, 8, calls):
+        batch.field.close()
+    calls.remove()
+    return peak_memory(pipe.device)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: of the device, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

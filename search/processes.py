@@ -1,0 +1,49 @@
+"""Batches over the processes of `accelerate launch`: dealt out, and their small results brought back in one order."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+
+def share(items: Sequence) -> list:
+    """This process's part of `items`: every P-th of them, beginning with the process's number."""
+    state = PartialState()
+    return list(items[state.process_index :: state.num_processes])
+
+
+def gather(batches: Sequence, values: Sequence) -> list:
+    """
+    One small value of each batch of all processes, in the order of `batch.index`.
+
+    What is summed from them has the same bits on any number of processes.
+
+    Args:
+        batches (sequence of `Batch`): This process's.
+        values: One for each of them, on the CPU.
+    """
+    pairs = [(batch.index, value) for batch, value in zip(batches, values, strict=True)]
+    return [value for _, value in sorted(_all(pairs), key=lambda pair: pair[0])]
+
+
+def total(count: int) -> int:
+    """The sum over processes."""
+    return sum(_all([count]))
+
+
+def agree(value: Any) -> Any:
+    """The main process's value."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def quiet() -> bool | None:
+    """Whether a progress bar is off: on all processes but the main one, and there if its output is no terminal."""
+    return None if PartialState().is_main_process else True
+
+
+def _all(values: list) -> list:
+    # Alone, accelerate would hand back the list itself or ask for a process group, depending on its version.
+    return values if PartialState().num_processes == 1 else gather_object(values)
