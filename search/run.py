@@ -99,7 +99,8 @@ def main(arguments: list[str] | None = None):
     """Load, search, measure, write."""
     args = parse_arguments(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    accelerator = Accelerator()
+    # Without an accelerator, accelerate takes the processes of a launch for so many launches unless it is told.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     pipe = load_pipeline(args.pipeline, DTYPES[args.mixed_precision], accelerator.device)
     conditions = build_conditions(pipe, args.class_labels, args.prompts, args.guidance_scale, args.call_kwargs)
     check_settings(args.num_steps, conditions, args.num_samples, args.teacher_steps, args.batch_size, args.fitter)
