@@ -1,9 +1,11 @@
 """Noise processes: how much signal and noise a state holds, and what a network's output says of it."""
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from numbers import Integral, Real
 
 import numpy as np
 from diffusers import DDPMScheduler
@@ -19,6 +21,8 @@ _DATA_AND_NOISE_WEIGHTS = {
 }
 PREDICTION_TYPES = tuple(_DATA_AND_NOISE_WEIGHTS)
 FRAME_PREDICTIONS = {"data": "sample", "velocity": "flow_prediction"}
+# Far beyond every model; files and configs from elsewhere may ask for tables of any length.
+MAX_TRAIN_TIMESTEPS = 100_000
 
 
 def convert_prediction(source: str, target: str, alpha: float, sigma: float) -> tuple[float, float]:
@@ -34,10 +38,18 @@ def convert_prediction(source: str, target: str, alpha: float, sigma: float) -> 
 
     Returns:
         `tuple[float, float]`: u and w. (0, 1) if source and target are the same.
+
+    Raises:
+        ValueError: If m says nothing of q there, as noise does of data in pure noise.
     """
     a, b = _DATA_AND_NOISE_WEIGHTS[source](alpha, sigma)
     c, d = _DATA_AND_NOISE_WEIGHTS[target](alpha, sigma)
     determinant = alpha * b - sigma * a
+    if determinant == 0:
+        raise ValueError(
+            f"At alpha {alpha:g} and sigma {sigma:g} a prediction of kind '{source}' says nothing of '{target}'. Use "
+            "nodes with some signal and noise, or a model with another `prediction_type`."
+        )
     return (c * b - d * a) / determinant, (alpha * d - sigma * c) / determinant
 
 
@@ -48,11 +60,18 @@ class FlowMatching:
 
     Source: Lipman et al., "Flow Matching for Generative Modeling", arXiv 2210.02747; the scale of `timestep` is
     diffusers'.
+
+    Raises:
+        ValueError: If `num_train_timesteps` is not a whole number from 1 to `MAX_TRAIN_TIMESTEPS`.
     """
 
     num_train_timesteps: int = 1000
 
     kind = "flow_matching"
+    law = "alpha + sigma = 1"
+
+    def __post_init__(self):
+        _check_train_timesteps(self.num_train_timesteps)
 
     @property
     def max_timestep(self) -> float:
@@ -68,6 +87,10 @@ class FlowMatching:
         alphas, sigmas = np.asarray(alphas, np.float64), np.asarray(sigmas, np.float64)
         return self.num_train_timesteps * sigmas / (alphas + sigmas)
 
+    def scale(self, alphas: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+        """What is 1 at every node of this process."""
+        return alphas + sigmas
+
 
 @dataclass(frozen=True)
 class VariancePreserving:
@@ -82,6 +105,9 @@ class VariancePreserving:
             `diffusers.DDPMScheduler`, which computes the table.
         snr_shift_scale (`float`): What the noise-to-signal ratio sigma^2 / alpha^2 of these betas is multiplied with,
             as in `diffusers.CogVideoXDDIMScheduler`.
+
+    Raises:
+        ValueError: If a number is out of range, or the signal does not fall along the timesteps.
     """
 
     num_train_timesteps: int = 1000
@@ -93,6 +119,26 @@ class VariancePreserving:
     snr_shift_scale: float = 1.0
 
     kind = "variance_preserving"
+    law = "alpha^2 + sigma^2 = 1"
+
+    def __str__(self) -> str:
+        fields = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in asdict(self).items())
+        return f"{type(self).__name__}({fields})"
+
+    def __post_init__(self):
+        _check_train_timesteps(self.num_train_timesteps)
+        _check_number("beta_start", self.beta_start, 1)
+        _check_number("beta_end", self.beta_end, 1)
+        _check_number("snr_shift_scale", self.snr_shift_scale, 1e6)
+        if self.trained_betas is not None:
+            object.__setattr__(self, "trained_betas", _checked_betas(self.trained_betas))
+        with np.errstate(all="ignore"):
+            log_ratios = self._log_ratios
+        if not (np.isfinite(log_ratios).all() and (np.diff(log_ratios) <= 0).all()):
+            raise ValueError(
+                f"The betas {reprlib.repr(self.betas.tolist())} make no noise process: the signal must fall from "
+                "timestep to timestep and begin below 1. Correct the scheduler's config."
+            )
 
     @cached_property
     def _ddpm(self) -> DDPMScheduler:
@@ -102,7 +148,12 @@ class VariancePreserving:
             table = DDPMScheduler(**{**fields, "rescale_betas_zero_snr": False}).alphas_cumprod.double().numpy()
             shifted = table / (scale + (1 - scale) * table)
             fields["trained_betas"] = 1 - shifted / np.append(1.0, shifted[:-1])
-        return DDPMScheduler(**fields)
+        try:
+            return DDPMScheduler(**fields)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"`beta_schedule` is {reprlib.repr(self.beta_schedule)}, which diffusers' DDPMScheduler does not know."
+            ) from error
 
     @cached_property
     def betas(self) -> np.ndarray:
@@ -133,6 +184,33 @@ class VariancePreserving:
             log_ratios = np.log(np.asarray(alphas, np.float64)) - np.log(np.asarray(sigmas, np.float64))
         return np.interp(-log_ratios, -self._log_ratios, np.arange(len(self._log_ratios)))
 
+    def scale(self, alphas: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+        """What is 1 at every node of this process."""
+        return np.hypot(alphas, sigmas)
+
+
+def _check_train_timesteps(value):
+    if not isinstance(value, Integral) or not 1 <= value <= MAX_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"`num_train_timesteps` is {reprlib.repr(value)}, expected a whole number from 1 to {MAX_TRAIN_TIMESTEPS}."
+        )
+
+
+def _check_number(name: str, value, maximum: float):
+    if not isinstance(value, Real) or not 0 < value <= maximum:
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}, expected a number above 0 and up to {maximum:g}.")
+
+
+def _checked_betas(betas) -> tuple[float, ...]:
+    try:
+        betas = tuple(float(beta) for beta in betas)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"`trained_betas` is {reprlib.repr(betas)}, expected a list of numbers.") from error
+    _check_train_timesteps(len(betas))
+    for index, beta in enumerate(betas):
+        _check_number(f"trained_betas[{index}]", beta, 1)
+    return betas
+
 
 NoiseProcess = FlowMatching | VariancePreserving
 _PROCESSES = {cls.kind: cls for cls in (FlowMatching, VariancePreserving)}
@@ -156,13 +234,12 @@ def process_from_config(config: Mapping) -> NoiseProcess:
     num_train_timesteps = config.get("num_train_timesteps", 1000)
     if prediction_type_from_config(config) == "flow_prediction":
         return FlowMatching(num_train_timesteps)
-    betas = config.get("trained_betas")
     return VariancePreserving(
         num_train_timesteps,
         beta_start=config.get("beta_start", 0.0001),
         beta_end=config.get("beta_end", 0.02),
         beta_schedule=config.get("beta_schedule", "linear"),
-        trained_betas=None if betas is None else tuple(float(beta) for beta in betas),
+        trained_betas=config.get("trained_betas"),
         rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
         snr_shift_scale=config.get("snr_shift_scale", 1.0),
     )
@@ -173,12 +250,20 @@ def prediction_type_from_config(config: Mapping) -> str:
     What the network of a diffusers scheduler config predicts.
 
     FlowMatch schedulers have no `prediction_type` in their config; their class name tells, or else their `shift`.
+
+    Raises:
+        ValueError: If it is something unknown.
     """
     if str(config.get("_class_name", "")).startswith("FlowMatch") or config.get("use_flow_sigmas"):
         return "flow_prediction"
     if "shift" in config and "prediction_type" not in config:
         return "flow_prediction"
-    return config.get("prediction_type", "epsilon")
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"`prediction_type` is {reprlib.repr(prediction_type)}, expected one of {', '.join(PREDICTION_TYPES)}."
+        )
+    return prediction_type
 
 
 def process_to_json(process: NoiseProcess) -> str:
@@ -194,15 +279,13 @@ def process_from_json(text: str) -> NoiseProcess:
         ValueError: If `text` is not such a line.
     """
     fields = json.loads(text)
-    if not isinstance(fields, dict) or fields.get("kind") not in _PROCESSES:
-        raise ValueError(f"`process` is {text!r}, expected a JSON object with `kind` one of {sorted(_PROCESSES)}.")
+    if not isinstance(fields, dict) or fields.get("kind") not in tuple(_PROCESSES):
+        raise ValueError(f"`process` is {text[:80]!r}, expected an object with `kind` one of {', '.join(_PROCESSES)}.")
     kind = fields.pop("kind")
-    if fields.get("trained_betas") is not None:
-        fields["trained_betas"] = tuple(fields["trained_betas"])
     try:
         return _PROCESSES[kind](**fields)
     except TypeError as error:
-        raise ValueError(f"`process` is {text!r}, which does not describe a {kind} process.") from error
+        raise ValueError(f"`process` is {text[:80]!r}, which does not describe a {kind} process.") from error
 
 
 def time_grid(

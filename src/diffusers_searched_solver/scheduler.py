@@ -4,20 +4,21 @@ import inspect
 import math
 import operator
 import os
+import reprlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
 from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 
 from .process import prediction_type_from_config, process_from_config, time_grid
-from .serialization import SOLVER_FILE, SolverFile, SolverFileError, load_solver_file, save_solver_file
+from .serialization import MAX_BYTES, SOLVER_FILE, SolverFile, SolverFileError, load_solver_file, save_solver_file
 from .solver import SearchedSolver
 
 
@@ -144,8 +145,9 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
                 [`SchedulerMixin.from_pretrained`].
 
         Raises:
-            EnvironmentError: If there is nothing of that name.
+            EnvironmentError: If there is nothing of that name, or no config of a scheduler.
             SolverFileError: If the solver file cannot be trusted.
+            ValueError: If the config describes no model that the solver is for.
         """
         name = source = str(pretrained_model_name_or_path)
         if not os.path.isdir(source) and source in list_bundled_solvers():
@@ -157,6 +159,8 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             if key in kwargs
         }
         folder = Path(source, subfolder or "")
+        if not folder.is_relative_to(source) or ".." in Path(subfolder or "").parts:
+            raise _cannot_load(name, ValueError(f"`subfolder` is {subfolder!r}, which leads out of it."))
         if os.path.isdir(source) and not (folder / cls.config_name).is_file():
             # Without a config in the sub-folder, diffusers would take the one above it.
             raise _cannot_load(name, FileNotFoundError(f"'{folder}' has no file named {cls.config_name}."))
@@ -168,7 +172,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             raise _cannot_load(name, error) from error
         if os.path.isdir(source):
             path = folder / SOLVER_FILE
-            solver = load_solver_file(path) if path.is_file() else None
+            solver = load_solver_file(path) if os.path.lexists(path) else None
         else:
             solver = _load_from_hub(name, subfolder, commit_hash, hub_kwargs)
         if solver is None:
@@ -180,6 +184,28 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         # Where modular pipelines load it from again; without it they would rebuild it from its config alone.
         (loaded[0] if return_unused_kwargs else loaded)._diffusers_load_id = load_id
         return loaded
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
+        """diffusers' reader of configs, which may come from anywhere: refuse what is no scheduler's config."""
+        if os.path.getsize(json_file) > MAX_BYTES:
+            raise ValueError(f"'{json_file}' has {os.path.getsize(json_file)} bytes, a config at most {MAX_BYTES}.")
+        try:
+            config = super()._dict_from_json_file(json_file)
+        except RecursionError as error:
+            raise ValueError(f"'{json_file}' is nested too deeply for a config.") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"'{json_file}' holds a JSON {type(config).__name__}, expected an object.")
+        # diffusers makes keyword arguments and attributes of the keys, and imports the class that is named.
+        odd = [key for key in config if hasattr(FrozenDict, key) or key in ("self", "dtype")]
+        class_name, defaults = config.get("_class_name", cls.__name__), config.get("_use_default_values", [])
+        if isinstance(class_name, str) and not class_name.endswith("Scheduler"):
+            odd.append("_class_name")
+        if not isinstance(defaults, list) or not all(isinstance(key, str) for key in defaults):
+            odd.append("_use_default_values")
+        if odd:
+            raise ValueError(f"'{json_file}' is no scheduler's config: `{odd[0]}` is {reprlib.repr(config[odd[0]])}.")
+        return config
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, solver=None, **kwargs):
@@ -224,12 +250,25 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
                 f"{self.process.kind.replace('_', ' ')} one (`prediction_type` {self.config.prediction_type!r}). Pass "
                 "a solver that was searched for such a model, or search one with `accelerate launch search/run.py`."
             )
-        self.solver_file = _carry_over(solver, self.process)
+        solver = _carry_over(solver, self.process)
+        for num_steps, table in solver.solvers.items():
+            reach, limit = table.reach(self.config.prediction_type), torch.finfo(torch.float16).max
+            if not reach <= limit:
+                raise ValueError(
+                    f"The solver of {num_steps} steps makes numbers of up to {reach:.3g} out of outputs of size one, "
+                    f"where half precision ends at {limit:g} (`prediction_type` {self.config.prediction_type!r}). "
+                    "Pass a solver that was searched for such a model, with smaller coefficients."
+                )
+        self.solver_file = solver
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Save `scheduler_config.json`, and the solver in the sub-folder `solver/` if there is one."""
         if not os.path.isfile(save_directory):
             path = Path(save_directory, SOLVER_FILE)
+            for link in (path.parent, Path(save_directory, self.config_name)):
+                # Through it, files of another folder would be overwritten.
+                if link.is_symlink():
+                    link.unlink()
             if self.solver_file is None:
                 # What an earlier save has left would be loaded as this scheduler's.
                 path.unlink(missing_ok=True)

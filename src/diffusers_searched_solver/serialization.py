@@ -2,11 +2,13 @@
 
 import json
 import os
+import reprlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -22,6 +24,10 @@ MAX_BYTES = 4 * 2**20
 MAX_STEPS = 256
 _TABLES = ("timesteps", "alphas", "sigmas", "coefficients")
 _ROW_SUMS = {"one": True, "free": False}
+# Tables are float64 and the laws of the processes hold to rounding; published tables are exact to 1e-15 once imported.
+_NODE_TOLERANCE = 1e-6
+# As a share of the end of the process: a search may call the network a little beyond it.
+_LATEST_CALL = 1.1
 
 
 class SolverFileError(ValueError):
@@ -39,6 +45,9 @@ class SolverFile:
         prediction_type (`str`): What that network predicts, one of `PREDICTION_TYPES`.
         provenance (`dict[str, str]`): How the tables came to be: base model, guidance scale, teacher, errors measured
             and so on. Free text, untrusted, for people to read.
+
+    Raises:
+        ValueError: If the solvers differ in kind, or one has nodes or timesteps that the process does not have.
     """
 
     solvers: Mapping[int, SearchedSolver]
@@ -53,12 +62,29 @@ class SolverFile:
         for num_steps, solver in self.solvers.items():
             if solver.num_steps != num_steps:
                 raise ValueError(f"The solver filed under {num_steps} steps has {solver.num_steps}.")
+            _check_on_process(solver, self.process)
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"`prediction_type` is {self.prediction_type!r}, expected one of {PREDICTION_TYPES}.")
 
     @property
     def step_counts(self) -> list[int]:
         return sorted(self.solvers)
+
+
+def _check_on_process(solver: SearchedSolver, process: NoiseProcess):
+    off = np.flatnonzero(abs(process.scale(solver.alphas, solver.sigmas) - 1) > _NODE_TOLERANCE)
+    if off.size:
+        raise ValueError(
+            f"Node {off[0]} of the solver of {solver.num_steps} steps has alpha {solver.alphas[off[0]]:g} and sigma "
+            f"{solver.sigmas[off[0]]:g}, expected {process.law} as in a {process.kind.replace('_', ' ')} process. Use "
+            "the process that the tables were made for."
+        )
+    latest = _LATEST_CALL * process.max_timestep
+    if solver.timesteps[0] > latest:
+        raise ValueError(
+            f"`timesteps` of the solver of {solver.num_steps} steps go up to {solver.timesteps[0]:g}, expected at "
+            f"most {latest:g} for a process that ends at {process.max_timestep:g}."
+        )
 
 
 def save_solver_file(file: SolverFile, path: str | os.PathLike) -> None:
@@ -114,23 +140,29 @@ def load_solver_file(path: str | os.PathLike) -> SolverFile:
         SolverFileError: If anything in it is not what the format promises.
     """
     path = Path(path)
-    if path.stat().st_size > MAX_BYTES:
-        raise SolverFileError(f"'{path}' has {path.stat().st_size} bytes, a solver file at most {MAX_BYTES}.")
+    size = path.stat().st_size
+    if not path.is_file():
+        raise SolverFileError(f"'{path}' is not a file. Put a solver file there, or remove what is there.")
+    if size > MAX_BYTES:
+        raise SolverFileError(f"'{path}' has {size} bytes, a solver file at most {MAX_BYTES}.")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             _check_version(path, metadata)
-            tensors = {name: _read_tensor(path, file, name) for name in file.keys()}
+            tables = {n: _read_tables(path, file, n) for n in _step_counts(path, file.keys())}
     except SafetensorError as error:
         raise SolverFileError(
-            f"'{path}' is not a whole safetensors file ({error}). Download or save it again."
+            f"'{path}' is not a whole safetensors file ({str(error)[:200]!r}). Download or save it again."
         ) from error
     frame, consistent, process, prediction_type = _read_header(path, metadata)
-    solvers = {n: _read_solver(path, tensors, n, frame, consistent) for n in _step_counts(path, tensors)}
     provenance = {
         key.removeprefix("provenance."): value for key, value in metadata.items() if key.startswith("provenance.")
     }
-    return SolverFile(solvers, process, prediction_type, provenance)
+    solvers = {n: _solver(path, tables[n], n, frame, consistent) for n in tables}
+    try:
+        return SolverFile(solvers, process, prediction_type, provenance)
+    except ValueError as error:
+        raise SolverFileError(f"'{path}': {error} Download the file again or search anew.") from error
 
 
 def _check_version(path: Path, metadata: Mapping[str, str]):
@@ -149,11 +181,41 @@ def _check_version(path: Path, metadata: Mapping[str, str]):
         )
 
 
-def _read_tensor(path: Path, file, name: str):
-    dtype = file.get_slice(name).get_dtype()
-    if dtype != "F64":
-        raise SolverFileError(f"'{path}': tensor '{name}' has dtype {dtype}, expected F64. Save it again in float64.")
-    return file.get_tensor(name)
+def _step_counts(path: Path, names: Collection[str]) -> list[int]:
+    counts = set()
+    for name in names:
+        count, _, table = name.partition(".")
+        if table not in _TABLES or not count.isascii() or not count.isdecimal() or str(int(count[:9])) != count:
+            raise SolverFileError(
+                f"'{path}': unexpected tensor {reprlib.repr(name)}, expected a step count and a table, such as "
+                f"'8.timesteps' ({', '.join(_TABLES)})."
+            )
+        if not 1 <= int(count) <= MAX_STEPS:
+            raise SolverFileError(f"'{path}': tensor '{name}' is of {count} steps, expected 1 to {MAX_STEPS}.")
+        counts.add(int(count))
+    if not counts:
+        raise SolverFileError(f"'{path}' holds no solver. Search one with `accelerate launch search/run.py`.")
+    return sorted(counts)
+
+
+def _read_tables(path: Path, file, n: int) -> dict[str, np.ndarray]:
+    """The tables of n steps; nothing is read of a tensor that is not what it must be."""
+    shapes = dict(zip(_TABLES, ([n], [n + 1], [n + 1], [n, n]), strict=True))
+    for table, shape in shapes.items():
+        name = f"{n}.{table}"
+        if name not in file.keys():
+            raise SolverFileError(f"'{path}': tensor '{name}' is missing. Download the file again.")
+        found = file.get_slice(name)
+        if found.get_dtype() != "F64":
+            raise SolverFileError(
+                f"'{path}': tensor '{name}' has dtype {found.get_dtype()}, expected F64. Save it again in float64."
+            )
+        if found.get_shape() != shape:
+            raise SolverFileError(
+                f"'{path}': tensor '{name}' has shape {reprlib.repr(found.get_shape())}, expected {shape}. Download "
+                "the file again."
+            )
+    return {table: file.get_tensor(f"{n}.{table}") for table in _TABLES}
 
 
 def _read_header(path: Path, metadata: Mapping[str, str]) -> tuple[str, bool, NoiseProcess, str]:
@@ -161,7 +223,8 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> tuple[str, bool, No
     for key, allowed in choices.items():
         if metadata.get(key) not in allowed:
             raise SolverFileError(
-                f"'{path}': metadata `{key}` is {metadata.get(key)!r}, expected one of {', '.join(allowed)}."
+                f"'{path}': metadata `{key}` is {reprlib.repr(metadata.get(key))}, expected one of "
+                f"{', '.join(allowed)}."
             )
     try:
         process = process_from_json(metadata.get("process", ""))
@@ -173,36 +236,11 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> tuple[str, bool, No
     return metadata["frame"], _ROW_SUMS[metadata["row_sums"]], process, metadata["prediction_type"]
 
 
-def _step_counts(path: Path, tensors) -> list[int]:
-    counts = set()
-    for name in tensors:
-        count, _, table = name.partition(".")
-        if table not in _TABLES or not count.isascii() or not count.isdecimal() or str(int(count[:9])) != count:
-            raise SolverFileError(
-                f"'{path}': unexpected tensor '{name[:80]}', expected a step count and a table, such as "
-                f"'8.timesteps' ({', '.join(_TABLES)})."
-            )
-        if not 1 <= int(count) <= MAX_STEPS:
-            raise SolverFileError(f"'{path}': tensor '{name}' is of {count} steps, expected 1 to {MAX_STEPS}.")
-        counts.add(int(count))
-    if not counts:
-        raise SolverFileError(f"'{path}' holds no solver. Search one with `accelerate launch search/run.py`.")
-    return sorted(counts)
-
-
-def _read_solver(path: Path, tensors, num_steps: int, frame: str, consistent: bool) -> SearchedSolver:
-    tables = {name: tensors.get(f"{num_steps}.{name}") for name in _TABLES}
-    for name, table in tables.items():
-        if table is None:
-            raise SolverFileError(f"'{path}': tensor '{num_steps}.{name}' is missing. Download the file again.")
-    if tables["timesteps"].shape != (num_steps,):
-        raise SolverFileError(
-            f"'{path}': tensor '{num_steps}.timesteps' has shape {tables['timesteps'].shape}, expected ({num_steps},)."
-        )
+def _solver(path: Path, tables: Mapping[str, np.ndarray], n: int, frame: str, consistent: bool) -> SearchedSolver:
     try:
         return SearchedSolver(**tables, frame=frame, consistent=consistent)
     except ValueError as error:
         raise SolverFileError(
-            f"'{path}': the tables of {num_steps} steps ('{num_steps}.*') are not a solver. {error} "
-            "Download the file again or search anew."
+            f"'{path}': the tables of {n} steps ('{n}.*') are not a solver. {error} Download the file again or search "
+            "anew."
         ) from error

@@ -127,6 +127,29 @@ class SearchedSolver:
             table[i, : i + 4] = torch.tensor([u, w, state_weight, *weights], dtype=torch.float64)
         return table
 
+    def reach(self, prediction_type: str) -> float:
+        """
+        How far a run can get from zero if the noise and all outputs of the network are between -1 and 1.
+
+            reach = max over states and predictions y of sum_k |A_k|,   y = A_0 * noise + sum_k A_(k+1) * m_k
+
+        Args:
+            prediction_type (`str`): What the outputs m_k are.
+
+        Returns:
+            `float`: At least 1; infinite or nan if the table overflows.
+
+        Raises:
+            ValueError: If an output says nothing of the frame's prediction at a node.
+        """
+        n = self.num_steps
+        units, table = torch.eye(n + 1, dtype=torch.float64), self.update_table(prediction_type)
+        state, history, sizes = units[0], torch.zeros(n, n + 1, dtype=torch.float64), [torch.ones(())]
+        for i in range(n):
+            state, history = tensor_step(state, units[i + 1], history, torch.tensor([i]), table)
+            sizes += [history[i].abs().sum(), state.abs().sum()]
+        return float(torch.stack(sizes).max())
+
     @classmethod
     def adams_bashforth(cls, timesteps, alphas, sigmas, frame: str, order: int) -> "SearchedSolver":
         """
