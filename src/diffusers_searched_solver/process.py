@@ -22,7 +22,7 @@ _DATA_AND_NOISE_WEIGHTS = {
 PREDICTION_TYPES = tuple(_DATA_AND_NOISE_WEIGHTS)
 FRAME_PREDICTIONS = {"data": "sample", "velocity": "flow_prediction"}
 # Far beyond every model; files and configs from elsewhere may ask for tables of any length.
-MAX_TRAIN_TIMESTEPS = 100_000
+MAX_TRAIN_TIMESTEPS = 10_000
 
 
 def convert_prediction(source: str, target: str, alpha: float, sigma: float) -> tuple[float, float]:
@@ -71,7 +71,7 @@ class FlowMatching:
     law = "alpha + sigma = 1"
 
     def __post_init__(self):
-        _check_train_timesteps(self.num_train_timesteps)
+        _check_count("num_train_timesteps", self.num_train_timesteps)
 
     @property
     def max_timestep(self) -> float:
@@ -126,10 +126,13 @@ class VariancePreserving:
         return f"{type(self).__name__}({fields})"
 
     def __post_init__(self):
-        _check_train_timesteps(self.num_train_timesteps)
+        _check_count("num_train_timesteps", self.num_train_timesteps)
         _check_number("beta_start", self.beta_start, 1)
         _check_number("beta_end", self.beta_end, 1)
         _check_number("snr_shift_scale", self.snr_shift_scale, 1e6)
+        if not isinstance(self.rescale_betas_zero_snr, bool):
+            value = reprlib.repr(self.rescale_betas_zero_snr)
+            raise ValueError(f"`rescale_betas_zero_snr` is {value}, expected True or False.")
         if self.trained_betas is not None:
             object.__setattr__(self, "trained_betas", _checked_betas(self.trained_betas))
         with np.errstate(all="ignore"):
@@ -189,15 +192,15 @@ class VariancePreserving:
         return np.hypot(alphas, sigmas)
 
 
-def _check_train_timesteps(value):
-    if not isinstance(value, Integral) or not 1 <= value <= MAX_TRAIN_TIMESTEPS:
+def _check_count(name: str, value):
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= MAX_TRAIN_TIMESTEPS:
         raise ValueError(
-            f"`num_train_timesteps` is {reprlib.repr(value)}, expected a whole number from 1 to {MAX_TRAIN_TIMESTEPS}."
+            f"`{name}` is {reprlib.repr(value)}, expected a whole number from 1 to {MAX_TRAIN_TIMESTEPS}."
         )
 
 
 def _check_number(name: str, value, maximum: float):
-    if not isinstance(value, Real) or not 0 < value <= maximum:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= maximum:
         raise ValueError(f"`{name}` is {reprlib.repr(value)}, expected a number above 0 and up to {maximum:g}.")
 
 
@@ -206,7 +209,7 @@ def _checked_betas(betas) -> tuple[float, ...]:
         betas = tuple(float(beta) for beta in betas)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"`trained_betas` is {reprlib.repr(betas)}, expected a list of numbers.") from error
-    _check_train_timesteps(len(betas))
+    _check_count("len(trained_betas)", len(betas))
     for index, beta in enumerate(betas):
         _check_number(f"trained_betas[{index}]", beta, 1)
     return betas
