@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers_searched_solver import process_from_config
 
 from .field import FieldError, NetworkCalls, PipelineField, merge_conditions
-from .teacher import _calls
+from .teacher import pipeline_calls
 
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class DifferentiableNetwork:
     def split(self, numbers: Sequence[int]) -> list[list[tuple[Mapping, int]]]:
         """The samples of these numbers as conditions and seeds, in groups that one call can make."""
         conditions = [self.conditions[number % len(self.conditions)] for number in numbers]
-        return _calls(conditions, [self.first_seed + number for number in numbers], self._batch_size)
+        return pipeline_calls(conditions, [self.first_seed + number for number in numbers], self._batch_size)
 
     def map(
         self, function: Callable[[PipelineField], torch.Tensor], samples: Sequence[tuple[Mapping, int]]

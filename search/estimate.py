@@ -1,5 +1,126 @@
 """What a search would cost, before it is begun."""
 
+import argparse
+import math
+import time
+from collections.abc import Sequence
 
-def estimate(pipe, conditions, args):
-    return ""
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+
+from diffusers_searched_solver import SearchedSolverScheduler, process_from_config, time_grid
+
+from .baselines import classical_solvers, diffusers_schedulers
+from .field import NetworkCalls
+from .measure import EVALUATION_BATCH_SIZE, EVALUATION_TEACHER, TUNING_SAMPLES
+from .memory import peak_memory
+from .parameters import Entry, SolverFamily
+from .strategy import make_family, split_seeds, start_grids
+from .teacher import count_batches, make_batches
+
+
+# Steps that searches were seen to try on one Jacobian.
+USUAL_TRIALS = 4
+TIMED_STEPS = 16
+
+
+def estimate(pipe: DiffusionPipeline, conditions: Sequence[dict], args: argparse.Namespace) -> str:
+    """
+    Network calls, minutes and memory of a search and of its measurement, from a few timed calls of the pipeline.
+
+    Args:
+        args: The command line of `search/run.py`.
+
+    Returns:
+        `str`: Lines for the terminal.
+    """
+    per_sample, seconds, elements = _time_calls(pipe, conditions, args.batch_size)
+    _, seconds_measuring, _ = _time_calls(pipe, conditions, EVALUATION_BATCH_SIZE)
+    memory, processes = peak_memory(pipe.device), PartialState().num_processes
+    samples = args.num_samples + max(1, args.num_samples // 4)
+    teacher = per_sample * samples * args.teacher_steps * (args.fitter == "gauss-newton")
+    lines = [f"teacher: {teacher:,} network calls, {_duration(teacher * seconds / processes)}"]
+    total_seconds, parameters = teacher * seconds, 0
+    own = SearchedSolverScheduler.from_config(pipe.scheduler.config)
+    for num_steps in args.num_steps:
+        family = make_family(own.process, own.config.prediction_type, num_steps)
+        calls = per_sample * _search_evaluations(family, conditions, args, (args.max_calls - teacher) / per_sample)
+        total_seconds += calls * seconds
+        parameters = max(parameters, len(_searched(family, times_only=False)))
+        lines.append(f"{num_steps} steps: {calls:,} network calls more, {_duration(calls * seconds / processes)}")
+    measuring = per_sample * _measuring_evaluations(pipe, args)
+    total_seconds += measuring * seconds_measuring
+    lines.append(f"measuring: {measuring:,} network calls, {_duration(measuring * seconds_measuring / processes)}")
+    held = 4 * elements * (parameters + args.teacher_steps) * math.ceil(args.num_samples / processes)
+    lines.append(
+        f"in all: {_duration(total_seconds / processes)} on {processes} process{'es' * (processes > 1)}, peak memory "
+        f"{(memory + held) / 2**20:,.0f} MiB each: {memory / 2**20:,.0f} for sampling, {held / 2**20:,.0f} for the "
+        "derivatives"
+    )
+    return "\n".join(lines)
+
+
+def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[dict], batch_size: int) -> tuple[int, float, int]:
+    """Network calls of a sample's evaluation, seconds of one network call, and elements of a sample's state."""
+    calls = NetworkCalls(pipe)
+    started = 0.0
+
+    def skip_opening(samples: int):
+        nonlocal started
+        started = started or time.perf_counter()
+
+    calls.on_call = skip_opening
+    (batch, *others) = make_batches(pipe, conditions, split_seeds(0, 0, batch_size), batch_size, TIMED_STEPS, calls)
+    if pipe.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    evaluations = batch_size * (TIMED_STEPS + 1)
+    per_sample = round(calls.count / evaluations)
+    elements = sum(each.field.noise.numel() for each in (batch, *others)) // batch_size
+    for each in (batch, *others):
+        each.field.close()
+    calls.remove()
+    return per_sample, seconds / (per_sample * (evaluations - batch_size)), elements
+
+
+def _search_evaluations(family: SolverFamily, conditions, args: argparse.Namespace, budget: float) -> int:
+    """Evaluations of one sample that the fitter makes for one step count, without the teacher's."""
+    if args.fitter == "gradient":
+        # One opens the pipeline's call, and a backward evaluation is worth two forward ones.
+        return args.num_samples * (args.teacher_steps + 1 + family.num_steps + 2 * (family.num_steps - 1))
+    n, batches = family.num_steps, count_batches(conditions, args.num_samples, args.batch_size)
+    quarter, half = (args.num_samples * max(1, batches // parts) // batches for parts in (4, 2))
+    held_out, starts = max(1, args.num_samples // 4), len(start_grids(family.process, n))
+    times, everything = _iteration(family, times_only=True), _iteration(family, times_only=False)
+    spent = quarter * (2 * starts * n + (starts + 1) * times) + half * everything + 3 * held_out * n
+    iteration = everything * args.num_samples + held_out * n
+    affordable = int((budget - spent) // iteration)
+    return spent + iteration * min(max(1, affordable), args.iterations)
+
+
+def _iteration(family: SolverFamily, times_only: bool) -> int:
+    """Evaluations of one sample in `gauss_newton_iteration`."""
+    n = family.num_steps
+    return n + sum(n - entry.known for entry in _searched(family, times_only)) + USUAL_TRIALS * n
+
+
+def _searched(family: SolverFamily, times_only: bool) -> list[Entry]:
+    entries = family.entries(family.vector(time_grid(family.process, family.num_steps)[0]))
+    return family.searched(entries, times_only)
+
+
+def _measuring_evaluations(pipe: DiffusionPipeline, args: argparse.Namespace) -> int:
+    """Evaluations of one sample that `measure` makes."""
+    evaluations = EVALUATION_TEACHER * args.teacher_steps * (TUNING_SAMPLES + args.num_eval_samples)
+    families = diffusers_schedulers(pipe.scheduler.config)
+    process = process_from_config(pipe.scheduler.config)
+    for num_steps in args.num_steps:
+        tables = classical_solvers(process, num_steps)
+        settings = len(tables) + sum(len(settings) for settings in families.values())
+        evaluations += num_steps * (TUNING_SAMPLES * settings + args.num_eval_samples * (len(families) + 2))
+    return evaluations
+
+
+def _duration(seconds: float) -> str:
+    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"

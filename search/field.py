@@ -138,7 +138,8 @@ class PipelineField:
         attributes = vars(self.pipe)
         outside = dict(attributes)
         attributes.update(self._inside)
-        self._scheduler.driver = getcurrent()
+        # Where the coroutine hands out to, and where it ends: a field may be collected inside another one's call.
+        self._scheduler.driver = self._coroutine.parent = getcurrent()
         try:
             yield
         finally:

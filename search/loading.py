@@ -53,6 +53,11 @@ def load_pipeline(name: str, dtype: torch.dtype, device: torch.device) -> Diffus
     return cls.from_pretrained(source, dtype=dtype).to(device)
 
 
+def takes_guidance(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline's call has a `guidance_scale`."""
+    return "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
+
+
 def build_conditions(
     pipe: DiffusionPipeline,
     class_labels: Sequence[str] | None,
@@ -72,7 +77,12 @@ def build_conditions(
     Raises:
         ValueError: If the pipeline takes no such argument, or needs one that is not given.
     """
-    common = dict(call_kwargs) | ({} if guidance_scale is None else {"guidance_scale": guidance_scale})
+    # Lists say one thing per sample where the pipeline takes several; what else JSON gives as a list is one value.
+    per_sample = {key for key in call_kwargs if key == "class_labels" or "prompt" in key}
+    common = {
+        key: tuple(value) if isinstance(value, list) and key not in per_sample else value
+        for key, value in call_kwargs.items()
+    } | ({} if guidance_scale is None else {"guidance_scale": guidance_scale})
     parameters = inspect.signature(type(pipe).__call__).parameters
     for key in [*common, *(["class_labels"] if class_labels else []), *(["prompt"] if prompts else [])]:
         if key not in parameters:

@@ -14,35 +14,24 @@ import logging
 import shlex
 import signal
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from huggingface_hub import cached_assets_path
-from tqdm import tqdm
 
 from diffusers_searched_solver import SearchedSolver
-from search.cache import TeacherCache
 from search.estimate import estimate
 from search.field import FieldError, NetworkCalls
+from search.gradient import PAPER_RECIPE
 from search.journal import Journal
-from search.loading import NAMES, build_conditions, load_pipeline
+from search.loading import NAMES, build_conditions, load_pipeline, takes_guidance
 from search.measure import measure
 from search.memory import inference_memory, peak_memory
 from search.output import write_results, write_solvers
-from search.processes import quiet
-from search.strategy import (
-    BATCH_SIZE,
-    FITTERS,
-    MAX_CALLS,
-    TEACHER_STEPS,
-    check_settings,
-    fit_solver,
-    search_problem,
-)
+from search.session import run_search
+from search.strategy import BATCH_SIZE, ITERATIONS, MAX_CALLS, NUM_SAMPLES, TEACHER_STEPS, check_settings
 
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,11 +46,17 @@ SETTINGS = (
     "num_samples",
     "teacher_steps",
     "fitter",
+    "iterations",
     "max_calls",
     "batch_size",
     "mixed_precision",
     "seed",
 )
+# What depends on the fitter unless it is given.
+DEFAULTS = {
+    "gauss-newton": {"num_samples": NUM_SAMPLES, "teacher_steps": TEACHER_STEPS},
+    "gradient": {"num_samples": PAPER_RECIPE.num_samples, "teacher_steps": PAPER_RECIPE.teacher_steps},
+}
 STOPPED = 128 + signal.SIGTERM
 
 
@@ -74,13 +69,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--output-dir", type=Path, required=True, help="where the solver, the report and the images go")
     add("--class-labels", nargs="+", help="ids or names (default: all that the pipeline knows)")
     add("--prompts", nargs="+", help="prompts, used in turn")
-    add("--guidance-scale", type=float, help="default: the pipeline's own")
+    add("--guidance-scale", type=float, help="default: the pipeline's own; 1 for --fitter gradient, as in the paper")
     add("--call-kwargs", type=json.loads, default={}, help="further arguments of the pipeline's call, as JSON")
-    add("--num-samples", type=int, default=16, help="noises to fit (default: 16)")
+    add("--num-samples", type=int, help=_defaults("noises to fit", "num_samples"))
     add("--num-eval-samples", type=int, default=256, help="held-out noises to measure on (default: 256)")
-    add("--teacher-steps", type=int, default=TEACHER_STEPS, help=f"default: {TEACHER_STEPS}")
-    add("--fitter", choices=FITTERS, default="gauss-newton", help="how to search (default: gauss-newton)")
-    add("--max-calls", type=int, default=MAX_CALLS, help=f"network calls per step count (default: {MAX_CALLS})")
+    add("--teacher-steps", type=int, help=_defaults("of the teacher", "teacher_steps"))
+    add("--fitter", choices=DEFAULTS, default="gauss-newton", help="gradient is the paper's (default: gauss-newton)")
+    add("--iterations", type=int, default=ITERATIONS, help=f"over all noises to fit (default: {ITERATIONS})")
+    add(
+        "--max-calls",
+        type=int,
+        default=MAX_CALLS,
+        help=f"of a search with more than one iteration (default: {MAX_CALLS})",
+    )
     add("--batch-size", type=int, default=BATCH_SIZE, help=f"samples in one pipeline call (default: {BATCH_SIZE})")
     add("--mixed-precision", choices=DTYPES, default="no", help="dtype of the networks (default: no, float32)")
     add("--seed", type=int, default=0, help="of all noises (default: 0)")
@@ -90,9 +91,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if not isinstance(parsed.call_kwargs, dict):
         parser.error(f"--call-kwargs is {json.dumps(parsed.call_kwargs)}, expected a JSON object")
+    for name, value in DEFAULTS[parsed.fitter].items():
+        if getattr(parsed, name) is None:
+            setattr(parsed, name, value)
     if parsed.cache_dir is None:
         parsed.cache_dir = cached_assets_path("diffusers_searched_solver", "search", "teacher")
     return parsed
+
+
+def _defaults(what: str, name: str) -> str:
+    return (
+        f"{what} (default: " + ", ".join(f"{values[name]} for {fitter}" for fitter, values in DEFAULTS.items()) + ")"
+    )
 
 
 def main(arguments: list[str] | None = None):
@@ -102,8 +112,10 @@ def main(arguments: list[str] | None = None):
     # Without an accelerator, accelerate takes the processes of a launch for so many launches unless it is told.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     pipe = load_pipeline(args.pipeline, DTYPES[args.mixed_precision], accelerator.device)
+    if args.fitter == "gradient" and args.guidance_scale is None and takes_guidance(pipe):
+        args.guidance_scale = 1.0
     conditions = build_conditions(pipe, args.class_labels, args.prompts, args.guidance_scale, args.call_kwargs)
-    check_settings(args.num_steps, conditions, args.num_samples, args.teacher_steps, args.batch_size, args.fitter)
+    check_settings(args.num_steps, conditions, args.num_samples, args.teacher_steps, args.batch_size)
     if args.num_eval_samples < 2:
         raise ValueError(f"`--num-eval-samples` is {args.num_eval_samples}, expected at least 2.")
     if args.dry_run:
@@ -139,45 +151,6 @@ def main(arguments: list[str] | None = None):
         }
         write_results(pipe, conditions, solvers, report, args.output_dir)
     journal.delete()
-
-
-def run_search(
-    pipe: DiffusionPipeline,
-    conditions: list[dict],
-    args: argparse.Namespace,
-    calls: NetworkCalls,
-    journal: Journal,
-    solvers: dict[int, SearchedSolver],
-) -> dict:
-    """Put a solver for each step count into `solvers`, ever better ones while it searches; returns what it cost."""
-    costs = {}
-    with tqdm(desc="teacher", unit=" calls", disable=quiet(), smoothing=0) as progress:
-        calls.on_call = progress.update
-        started = time.perf_counter()
-        cache = TeacherCache(args.cache_dir)
-        problem = search_problem(
-            pipe, conditions, args.num_samples, args.seed, args.teacher_steps, args.batch_size, calls, cache
-        )
-        journal.check(problem.fingerprint())
-        teacher_seconds = time.perf_counter() - started
-        for num_steps in args.num_steps:
-            progress.set_description(f"search, {num_steps} steps")
-            before, started = journal.spent, time.perf_counter()
-            for solver in fit_solver(problem, num_steps, args.max_calls, journal, progress.write):
-                solvers[num_steps] = solver
-            costs[str(num_steps)] = {
-                "network_calls": problem.teacher_calls + journal.spent - before,
-                "seconds": round(time.perf_counter() - started + teacher_seconds, 2),
-            }
-    calls.remove()
-    problem.close()
-    return {
-        "fitter": args.fitter,
-        "num_samples": args.num_samples,
-        "teacher_steps": args.teacher_steps,
-        "teacher_network_calls": problem.teacher_calls,
-        "cost_with_teacher": costs,
-    }
 
 
 if __name__ == "__main__":

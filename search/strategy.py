@@ -1,7 +1,7 @@
 """The search of a solver: from classical tables over node times to everything, with ever more samples."""
 
+import functools
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from diffusers_searched_solver import NoiseProcess, SearchedSolver, SearchedSolv
 
 from .cache import TeacherCache
 from .field import NetworkCalls
-from .gauss_newton import MIN_GAIN, gauss_newton_iteration
+from .gauss_newton import gauss_newton_iteration
 from .journal import Journal
 from .parameters import SolverFamily
 from .processes import gather, total
@@ -21,12 +21,13 @@ from .rollout import Batch, endpoint_errors, root_mean_square
 from .teacher import NO_CACHE, count_batches, make_batches
 
 
-FITTERS = ("gauss-newton",)
 # Where each split's seeds begin, so that none has a sample of another.
 TRAIN_SEEDS, HELD_OUT_SEEDS, TUNING_SEEDS, EVALUATION_SEEDS = 0, 10**6, 2 * 10**6, 3 * 10**6
+NUM_SAMPLES = 16
 TEACHER_STEPS = 64
 BATCH_SIZE = 4
 MAX_CALLS = 15_000
+ITERATIONS = 2
 ORDER = 3
 
 
@@ -34,16 +35,16 @@ def search_solver(
     pipe: DiffusionPipeline,
     num_steps: int,
     conditions: Sequence[Mapping],
-    num_samples: int = 16,
+    num_samples: int = NUM_SAMPLES,
     seed: int = 0,
     teacher_steps: int = TEACHER_STEPS,
     batch_size: int = BATCH_SIZE,
-    fitter: str = "gauss-newton",
+    iterations: int = ITERATIONS,
     max_calls: int = MAX_CALLS,
     log: Callable[[str], None] = lambda line: None,
 ) -> SearchedSolver:
     """
-    Search a solver for a pipeline.
+    Search a solver for a pipeline by damped Gauss-Newton steps; `gradient.fit_by_gradient` is the paper's way.
 
     Args:
         pipe (`DiffusionPipeline`): Any pipeline whose noise process its scheduler's config describes.
@@ -54,9 +55,9 @@ def search_solver(
         seed (`int`): Of the noises.
         teacher_steps (`int`): Steps of the run whose end point is the goal.
         batch_size (`int`): Samples in one call of the pipeline.
-        fitter (`str`): "gauss-newton".
-        max_calls (`int`): Network calls, guidance included, after which no further iteration is begun. The first
-            iteration over all samples is always made.
+        iterations (`int`): Over all samples. More than two seldom find much.
+        max_calls (`int`): Network calls, guidance included, that are not exceeded by iterations after the first, which
+            is always made.
         log: Is given lines that say what the search has found so far.
 
     Returns:
@@ -66,12 +67,12 @@ def search_solver(
         ValueError: If an argument is out of range, or there is nothing to search with.
         FieldError: If the pipeline's call fails.
     """
-    check_settings([num_steps], conditions, num_samples, teacher_steps, batch_size, fitter)
+    check_settings([num_steps], conditions, num_samples, teacher_steps, batch_size)
     calls = NetworkCalls(pipe)
     problem = None
     try:
         problem = search_problem(pipe, conditions, num_samples, seed, teacher_steps, batch_size, calls)
-        *_, solver = fit_solver(problem, num_steps, max_calls, Journal(calls), log)
+        *_, solver = fit_solver(problem, num_steps, iterations, max_calls, Journal(calls), log)
         return solver
     finally:
         calls.remove()
@@ -79,10 +80,8 @@ def search_solver(
             problem.close()
 
 
-def check_settings(step_counts, conditions, num_samples, teacher_steps, batch_size, fitter):
+def check_settings(step_counts, conditions, num_samples, teacher_steps, batch_size):
     """Refuse settings that no search can run with."""
-    if fitter not in FITTERS:
-        raise ValueError(f"`fitter` is {fitter!r}, expected one of {', '.join(FITTERS)}.")
     if not conditions:
         raise ValueError("`conditions` is empty. Give the keyword arguments of at least one call of the pipeline.")
     minima = {"num_samples": 1, "batch_size": 1, "teacher_steps": 2 * max(step_counts)}
@@ -164,7 +163,7 @@ def split_seeds(seed: int, split: int, count: int) -> list[int]:
 
 
 def fit_solver(
-    problem: Problem, num_steps: int, max_calls: int, journal: Journal, log: Callable[[str], None]
+    problem: Problem, num_steps: int, iterations: int, max_calls: int, journal: Journal, log: Callable[[str], None]
 ) -> Iterator[SearchedSolver]:
     """
     Search in three stages: the node times of an Adams-Bashforth solver, from several grids, on a quarter of the
@@ -177,14 +176,14 @@ def fit_solver(
     Args:
         problem: What to fit.
         num_steps (`int`): N.
-        max_calls (`int`): As in `search_solver`.
+        iterations, max_calls (`int`): As in `search_solver`.
         journal: Knows what an interrupted search has done already.
         log: Is given a line per iteration.
 
     Yields:
         `SearchedSolver`: After every iteration, the visited one of the smallest error on the samples that judge.
     """
-    family = SolverFamily(problem.process, num_steps, ORDER, offsets=problem.prediction_type != "flow_prediction")
+    family = make_family(problem.process, problem.prediction_type, num_steps)
     quarter, half = problem.share_of_train(4), problem.share_of_train(2)
     start = journal.spent
     visited: list[tuple[float, SearchedSolver]] = []
@@ -193,36 +192,37 @@ def fit_solver(
         solver = family.solver(family.entries(vector))
         return journal.remember(lambda: root_mean_square(endpoint_errors(batches, solver)))
 
-    def iterate(vector: np.ndarray, batches: Sequence[Batch], times_only: bool) -> tuple[np.ndarray, float]:
-        def compute():
-            found, gain = gauss_newton_iteration(family, vector, batches, times_only)
-            return found.tolist(), gain
-
-        found, gain = journal.remember(compute)
-        return np.array(found), gain
+    def iterate(vector: np.ndarray, batches: Sequence[Batch], times_only: bool) -> np.ndarray:
+        compute = functools.partial(gauss_newton_iteration, family, vector, batches, times_only)
+        return np.array(journal.remember(lambda: compute()[0].tolist()))
 
     def visit(vector: np.ndarray, line: str) -> SearchedSolver:
         visited.append((error(problem.held_out, vector), family.solver(family.entries(vector))))
         log(f"{num_steps} steps, {line}: error {visited[-1][0]:.4g} on held-out noises")
         return min(visited, key=lambda pair: pair[0])[1]
 
-    starts = [family.vector(timesteps) for timesteps in _start_grids(problem.process, num_steps)]
+    starts = [family.vector(timesteps) for timesteps in start_grids(problem.process, num_steps)]
     yield visit(min(starts, key=lambda vector: error(quarter, vector)), "classical start")
-    moved = [iterate(vector, quarter, times_only=True)[0] for vector in starts]
-    vector, _ = iterate(min(moved, key=lambda vector: error(quarter, vector)), quarter, times_only=True)
+    moved = [iterate(vector, quarter, times_only=True) for vector in starts]
+    vector = iterate(min(moved, key=lambda vector: error(quarter, vector)), quarter, times_only=True)
     yield visit(vector, "node times")
-    vector, _ = iterate(vector, half, times_only=False)
+    vector = iterate(vector, half, times_only=False)
     yield visit(vector, "everything, half of the noises")
-    for iteration in itertools.count(1):
+    for iteration in range(1, iterations + 1):
         before = journal.spent
-        vector, gain = iterate(vector, problem.train, times_only=False)
+        vector = iterate(vector, problem.train, times_only=False)
         yield visit(vector, f"everything, iteration {iteration}")
         spent = problem.teacher_calls + journal.spent - start
-        if not gain >= MIN_GAIN or spent + journal.spent - before > max_calls:
+        if spent + journal.spent - before > max_calls:
             return
 
 
-def _start_grids(process: NoiseProcess, num_steps: int) -> list[np.ndarray]:
+def make_family(process: NoiseProcess, prediction_type: str, num_steps: int) -> SolverFamily:
+    """The solvers among which a search looks."""
+    return SolverFamily(process, num_steps, ORDER, offsets=prediction_type != "flow_prediction")
+
+
+def start_grids(process: NoiseProcess, num_steps: int) -> list[np.ndarray]:
     """Timesteps of the grids that a search may start from."""
     if process.kind == "flow_matching":
         return [time_grid(process, num_steps, shift)[0] for shift in (1.0, 1.5, 2.0)]

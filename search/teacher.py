@@ -73,16 +73,18 @@ def make_batches(
         torch.cuda.empty_cache()
         return batch(samples[:half], (*index, 0)) + batch(samples[half:], (*index, 1))
 
-    shared = share(list(enumerate(_calls(conditions, seeds, batch_size))))
+    shared = share(list(enumerate(pipeline_calls(conditions, seeds, batch_size))))
     return [made for index, samples in shared for made in batch(samples, (index,))]
 
 
 def count_batches(conditions: Sequence[Mapping], num_samples: int, batch_size: int) -> int:
     """How many batches all processes have of so many samples."""
-    return len(_calls(conditions, range(num_samples), batch_size))
+    return len(pipeline_calls(conditions, range(num_samples), batch_size))
 
 
-def _calls(conditions: Sequence[Mapping], seeds: Sequence[int], batch_size: int) -> list[list[tuple[Mapping, int]]]:
+def pipeline_calls(
+    conditions: Sequence[Mapping], seeds: Sequence[int], batch_size: int
+) -> list[list[tuple[Mapping, int]]]:
     """The samples of each pipeline call, as conditions and seeds."""
     pending: list[tuple[Mapping, list[tuple[Mapping, int]]]] = []
     for i, seed in enumerate(seeds):

@@ -203,6 +203,20 @@ def test_a_field_that_is_closed_or_dropped_leaves_the_pipeline_and_the_gradient_
     assert not digits_dit.transformer._forward_pre_hooks
 
 
+def test_a_field_may_be_collected_inside_the_call_of_another(digits_dit, open_field):
+    """The garbage collector comes when it likes."""
+    calls = NetworkCalls(digits_dit)
+    dropped, field = [PipelineField(digits_dit, DIGITS, [0, 1], calls)], open_field(digits_dit, DIGITS, [0, 1])
+    prediction = field(field.noise, 400.0)
+    handle = digits_dit.transformer.register_forward_pre_hook(lambda *_: dropped.clear())
+    try:
+        assert torch.equal(field(field.noise, 400.0), prediction)
+    finally:
+        handle.remove()
+        calls.remove()
+    assert not dropped
+
+
 def test_closing_a_field_ends_the_call_as_the_pipeline_does_itself(digits_dit, open_field, monkeypatch):
     """So that offloaded networks leave the accelerator."""
     ends = []

@@ -125,7 +125,6 @@ def test_the_same_seed_gives_the_same_solver(pipe):
         ({"num_steps": 1}, "`num_steps` is 1, expected at least 2"),
         ({"conditions": []}, "`conditions` is empty"),
         ({"teacher_steps": 9}, "`teacher_steps` is 9, expected at least 10"),
-        ({"fitter": "guess"}, "`fitter` is 'guess', expected one of gauss-newton"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

@@ -1,0 +1,39 @@
+"""What a search is said to cost beforehand, beside what it then costs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from search.estimate import estimate
+from search.field import NetworkCalls
+from search.journal import Journal
+from search.loading import build_conditions, load_pipeline
+from search.run import parse_arguments
+from search.strategy import fit_solver, search_problem
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("name", ["digits-dit", "digits-sit"])
+@pytest.mark.parametrize("num_steps", [3, 5])
+def test_a_search_costs_as_many_network_calls_as_was_said_within_a_fifth(name, num_steps, tmp_path):
+    args = parse_arguments(
+        ["--pipeline", str(EXAMPLES / name), "--output-dir", str(tmp_path), "--num-steps", str(num_steps)]
+    )
+    pipe = load_pipeline(args.pipeline, torch.float32, torch.device("cpu"))
+    conditions = build_conditions(pipe, None, None, 2.0, {})
+    lines = estimate(pipe, conditions, args)
+    teacher, said = (
+        int(re.search(pattern, lines)[1].replace(",", ""))
+        for pattern in (r"teacher: ([\d,]+) network calls", rf"{num_steps} steps: ([\d,]+) network calls more")
+    )
+    calls = NetworkCalls(pipe)
+    problem = search_problem(pipe, conditions, 16, 0, args.teacher_steps, args.batch_size, calls)
+    journal = Journal(calls)
+    list(fit_solver(problem, num_steps, args.iterations, args.max_calls, journal, print))
+    assert problem.teacher_calls + journal.spent == pytest.approx(teacher + said, rel=0.2)
+    # Opening a pipeline's call costs an evaluation more.
+    assert problem.teacher_calls == pytest.approx(teacher, rel=0.05)
