@@ -49,7 +49,10 @@ class TeacherCache:
             return end
         before = calls.count
         end = rollout(field, teacher).end
-        write_whole(path, save({"end": end.cpu().contiguous()}, {"calls": str(calls.count - before)}))
+        try:
+            write_whole(path, save({"end": end.cpu().contiguous()}, {"calls": str(calls.count - before)}))
+        except OSError as error:
+            logger.warning(f"The teacher's end points cannot be kept for another time: {error}.")
         return end
 
 

@@ -42,6 +42,9 @@ def gauss_newton_iteration(
     Returns:
         The vector of the smallest loss, and by which share the loss fell.
 
+    Raises:
+        ValueError: If the solver, or one that differs a little, does not end at finite numbers.
+
     Source: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", 1963; Broyden, "A class of
     methods for solving nonlinear simultaneous equations", 1965.
     """
@@ -99,6 +102,12 @@ class _LinearModel:
         """The Levenberg-Marquardt step of the parameters."""
         products = [self._products(r, J) for r, J in zip(self.residuals, self.jacobians, strict=True)]
         normal, gradient = (sum(each) for each in zip(*gather(self.train, products), strict=True))
+        if not (np.isfinite(normal).all() and np.isfinite(gradient).all()):
+            raise ValueError(
+                f"A solver of {self.family.num_steps} steps, or one that differs from it a little, does not end at "
+                "finite numbers, so there is no direction to search in. Run the pipeline's network in float32 "
+                "(`--mixed-precision no`), or search for more steps."
+            )
         self._metric = np.maximum(np.diag(normal), 1e-9 * np.diag(normal).max())
         return -np.linalg.solve(normal + damping * np.diag(self._metric), gradient)
 

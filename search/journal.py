@@ -1,7 +1,9 @@
 """Journal: what a search has computed so far, on disk, so that it can go on after it was killed."""
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
@@ -29,7 +31,8 @@ class Journal:
         spent (`int`): Network calls of all processes for the outcomes so far, earlier runs included.
 
     Raises:
-        ValueError: If there is a journal but it was not to be resumed, it cannot be read, or it is of other settings.
+        ValueError: If there is a journal but it was not to be resumed, it is damaged, or it is of other settings.
+        PermissionError: If there could be none.
     """
 
     def __init__(self, calls: NetworkCalls, path: Path | None = None, settings: Mapping = {}, resume: bool = False):  # noqa: B006
@@ -41,6 +44,9 @@ class Journal:
         self.spent = 0
 
     def _read(self, resume: bool) -> list[dict]:
+        folder = next(parent for parent in self._path.parents if parent.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise PermissionError(f"Nothing can be written in '{folder}'. Choose another --output-dir.")
         for aside in self._path.parent.glob(f".{self._path.name}.*"):
             aside.unlink()  # of a process that was killed as it wrote
         if not self._path.exists():
@@ -53,9 +59,11 @@ class Journal:
         try:
             found = json.loads(self._path.read_text())
             settings, entries = found["settings"], found["entries"]
-        except (ValueError, KeyError, TypeError) as error:
+            if found["sha256"] != _digest(settings, entries):
+                raise ValueError("its checksum is another")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"'{self._path}' is no journal of a search ({error}). Delete it to begin again."
+                f"'{self._path}' is no journal of a search, or damaged ({error}). Delete it to begin again."
             ) from error
         changed = sorted(
             key for key in {*settings, *self._settings} if settings.get(key) != _as_json(self._settings.get(key))
@@ -88,7 +96,7 @@ class Journal:
     def _write(self):
         if self._path is not None and PartialState().is_main_process:
             content = {"settings": self._settings, "entries": self._entries}
-            write_whole(self._path, json.dumps(content).encode())
+            write_whole(self._path, json.dumps({"sha256": _digest(**content), **content}).encode())
 
     def check(self, fingerprint: str):
         """
@@ -110,6 +118,10 @@ class Journal:
         """The search is finished."""
         if self._path is not None and PartialState().is_main_process:
             self._path.unlink(missing_ok=True)
+
+
+def _digest(settings: Mapping, entries: Sequence[Mapping]) -> str:
+    return hashlib.sha256(json.dumps([settings, entries]).encode()).hexdigest()
 
 
 def _as_json(value):

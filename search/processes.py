@@ -1,10 +1,15 @@
 """Batches over the processes of `accelerate launch`: dealt out, and their small results brought back in one order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the search has ended, so what it has of the samples is missing."""
 
 
 def share(items: Sequence) -> list:
@@ -35,7 +40,8 @@ def total(count: int) -> int:
 def agree(value: Any) -> Any:
     """The main process's value."""
     values = [value]
-    broadcast_object_list(values)
+    with _others():
+        broadcast_object_list(values)
     return values[0]
 
 
@@ -46,4 +52,16 @@ def quiet() -> bool | None:
 
 def _all(values: list) -> list:
     # Alone, accelerate would hand back the list itself or ask for a process group, depending on its version.
-    return values if PartialState().num_processes == 1 else gather_object(values)
+    if PartialState().num_processes == 1:
+        return values
+    with _others():
+        return gather_object(values)
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    """Wait for the others."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcessError("Another process of the search has ended; it may have said why.") from error

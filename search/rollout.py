@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from diffusers_searched_solver import SearchedSolver
@@ -75,5 +76,6 @@ def endpoint_errors(batches: Sequence[Batch], solver: SearchedSolver) -> torch.T
 
 
 def root_mean_square(errors: torch.Tensor) -> float:
-    """The `endpoint_error` of many samples from each one's."""
-    return float(errors.square().mean().sqrt())
+    """The `endpoint_error` of many samples from each one's; infinite if one of them is not finite."""
+    error = float(errors.square().mean().sqrt())
+    return error if np.isfinite(error) else np.inf

@@ -127,7 +127,7 @@ def write_whole(path: Path, content: bytes) -> None:
         os.chmod(aside, 0o644)
         os.replace(aside, path)
     except BaseException:
-        os.unlink(aside)
+        Path(aside).unlink(missing_ok=True)
         raise
 
 
