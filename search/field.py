@@ -99,8 +99,7 @@ class PipelineField:
         sources = {name: v.clone() for name, v in inputs.items() if torch.is_tensor(v) and v.requires_grad}
         x = sources.get("x", x)
         timestep = sources["timestep"] if "timestep" in sources else float(timestep)
-        if self._coroutine is None or self._coroutine.dead or self._scheduler.exhausted:
-            self._open()
+        self._open_if_needed()
         prediction, state = self._switch(x, timestep, bool(sources))
         if state.shape != x.shape:
             raise FieldError(
@@ -110,11 +109,50 @@ class PipelineField:
         self._check_graph(prediction, sources)
         return prediction, torch.where(state == x.to(state.dtype), x, state)
 
+    def finish(self, x: torch.Tensor):
+        """
+        End the pipeline's call as if `x` were its last state. No network call is made for it, but the next evaluation
+        opens the field again.
+
+        Returns:
+            What the pipeline's call returns: the images that `x` decodes to, or whatever else it makes.
+
+        Raises:
+            FieldError: If the pipeline's call fails, or does not end.
+        """
+        self._open_if_needed()
+        self._scheduler.finished = True
+        try:
+            output = self._resume(x, 0.0, False)
+        finally:
+            self._scheduler.finished = False
+        if not self._coroutine.dead:
+            raise FieldError(
+                f"{type(self.pipe).__name__} goes on where its scheduler's timesteps end: its loop counts steps "
+                "itself, so no state of ours can be its last."
+            )
+        return output
+
+    def _open_if_needed(self):
+        if self._coroutine is None or self._coroutine.dead or self._scheduler.exhausted:
+            self._open()
+
     def _switch(self, *message):
         """Let the pipeline run until its next `scheduler.step`."""
+        with self._calls.evaluation():
+            handed_out = self._resume(*message)
+        if self._coroutine.dead:
+            raise FieldError(
+                f"{type(self.pipe).__name__} returned before its scheduler's `step` had been called "
+                f"{HandOutScheduler.evaluations_per_call} times. A pipeline that fixes its own number of steps or "
+                "replaces its scheduler cannot be searched; a call for the last part of a run needs a lower `start`."
+            )
+        return handed_out
+
+    def _resume(self, *message):
         try:
-            with self._running(), self._calls.evaluation():
-                handed_out = self._coroutine.switch(*message)
+            with self._running():
+                return self._coroutine.switch(*message)
         except FieldError:
             raise
         except Exception as error:
@@ -123,13 +161,6 @@ class PipelineField:
                 f"{type(error).__name__}: {error}. Make the same call yourself with your own scheduler to see whether "
                 "the arguments are right."
             ) from error
-        if self._coroutine.dead:
-            raise FieldError(
-                f"{type(self.pipe).__name__} returned before its scheduler's `step` had been called "
-                f"{HandOutScheduler.evaluations_per_call} times. A pipeline that fixes its own number of steps or "
-                "replaces its scheduler cannot be searched; a call for the last part of a run needs a lower `start`."
-            )
-        return handed_out
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -176,7 +207,7 @@ def _call_pipeline(pipe: DiffusionPipeline, call_kwargs: Mapping, seeds: Sequenc
     """What runs in the coroutine. It knows nothing of the field, so that a field that is dropped goes at once."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with torch.no_grad():
-        pipe(**call_kwargs, generator=generators, num_inference_steps=HandOutScheduler.evaluations_per_call)
+        return pipe(**call_kwargs, generator=generators, num_inference_steps=HandOutScheduler.evaluations_per_call)
 
 
 def _leads_back(tensor: torch.Tensor, source: torch.Tensor) -> bool:

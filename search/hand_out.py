@@ -22,12 +22,14 @@ class HandOutScheduler(SearchedSolverScheduler):
         start (`float`): The timestep of the first.
         time (`torch.Tensor`, 0-dimensional): The timestep of the evaluation that is asked for.
         index (`int`): Its place in `timesteps`.
+        finished (`bool`): Whether the pipeline's loop ends when it asks for the next timestep.
     """
 
     # After so many, the pipeline has to be called again.
     evaluations_per_call = 4096
     driver: greenlet | None = None
     index = 0
+    finished = False
 
     @property
     def exhausted(self) -> bool:
@@ -47,6 +49,8 @@ class HandOutScheduler(SearchedSolverScheduler):
     def times(self, first: int, count: int) -> Iterator[torch.Tensor]:
         """The timesteps from place `first` on, each as it is when the loop gets there."""
         for self.index in range(first, first + count):
+            if self.finished:
+                return
             yield self.time
 
     def step(self, model_output, timestep, sample, *args, per_token_timesteps=None, return_dict=True, **kwargs):

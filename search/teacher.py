@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -56,6 +56,20 @@ def make_batches(
     Raises:
         ValueError: If an end point is not finite.
     """
+    stream = stream_batches(pipe, conditions, seeds, batch_size, teacher_steps, calls, cache)
+    return [batch for batches in stream for batch in batches]
+
+
+def stream_batches(
+    pipe: DiffusionPipeline,
+    conditions: Sequence[Mapping],
+    seeds: Sequence[int],
+    batch_size: int,
+    teacher_steps: int,
+    calls: NetworkCalls,
+    cache: TeacherCache = NO_CACHE,
+) -> Iterator[list[Batch]]:
+    """The batches of `make_batches` as they are asked for: one at a time, or its parts where memory was short."""
 
     def batch(samples: Sequence[tuple[Mapping, int]], index: tuple[int, ...]) -> list[Batch]:
         call_kwargs = functools.reduce(merge_conditions, (condition for condition, _ in samples))
@@ -73,8 +87,8 @@ def make_batches(
         torch.cuda.empty_cache()
         return batch(samples[:half], (*index, 0)) + batch(samples[half:], (*index, 1))
 
-    shared = share(list(enumerate(pipeline_calls(conditions, seeds, batch_size))))
-    return [made for index, samples in shared for made in batch(samples, (index,))]
+    for index, samples in share(list(enumerate(pipeline_calls(conditions, seeds, batch_size)))):
+        yield batch(samples, (index,))
 
 
 def count_batches(conditions: Sequence[Mapping], num_samples: int, batch_size: int) -> int:

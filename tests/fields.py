@@ -60,13 +60,13 @@ def recorded_steps(scheduler):
         del scheduler.step
 
 
-def own_run(pipe, scheduler, inputs, seeds, num_steps) -> list[torch.Tensor]:
-    """The states of an ordinary call of the pipeline with a scheduler."""
+def own_run(pipe, scheduler, inputs, seeds, num_steps, see=lambda result: None) -> list[torch.Tensor]:
+    """The states of an ordinary call of the pipeline with a scheduler; `see` is given what it returns."""
     own, pipe.scheduler = pipe.scheduler, scheduler
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     try:
         with recorded_steps(scheduler) as states:
-            pipe(**inputs, generator=generators, num_inference_steps=num_steps)
+            see(pipe(**inputs, generator=generators, num_inference_steps=num_steps))
     finally:
         pipe.scheduler = own
     return states

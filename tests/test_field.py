@@ -104,6 +104,25 @@ def test_a_run_over_a_trained_pipelines_field_is_its_own_run_bit_for_bit(example
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_a_call_that_is_finished_with_a_state_returns_what_a_run_that_ends_there_returns(name, open_field):
+    case, inputs, seeds = build(name), inputs_of(name), seeds_of(inputs_of(name))
+    scheduler = SearchedSolverScheduler.from_config(case.config, solver=table_for(case, name))
+    results = []
+    states = own_run(case.pipe, scheduler, inputs, seeds, NUM_STEPS, results.append)
+
+    field = open_field(case.pipe, inputs, seeds, start_of(name))
+    before = field.calls.count
+    finished = field.finish(states[-1])
+    assert field.calls.count == before
+    assert type(finished) is type(results[0])
+    own, found = (result if torch.is_tensor(result) else result[case.output] for result in (results[0], finished))
+    # Inpainting noises the known part to the level of timestep 0, a hundredth on a variance-preserving process.
+    np.testing.assert_allclose(np.asarray(found), np.asarray(own), rtol=0, atol=0.02 if case.blends else 0)
+    reopened, fresh = field, open_field(case.pipe, inputs, seeds, start_of(name))
+    assert torch.equal(reopened(field.noise, 500.0), fresh(field.noise, 500.0))
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_evaluations_depend_neither_on_their_order_nor_on_how_many_a_call_serves(name, open_field, monkeypatch):
     case, inputs, seeds = build(name), inputs_of(name), seeds_of(inputs_of(name))
     points = [(0.9, 900.0), (0.4, 123.4), (1.0, 500.0), (0.7, 700.0), (0.1, 20.0), (0.5, 950.0), (0.3, 300.0)]
