@@ -5,7 +5,7 @@ Search few-step solvers for a diffusers pipeline and measure them.
 
 OUT is then what `SearchedSolverScheduler.from_pretrained(OUT)` loads, with `report.html`, `report.json` and
 `images.png` beside it. Samples are dealt out to the processes of `accelerate launch`. A search that was killed goes on
-with --resume; SIGTERM and Ctrl-C leave the best solvers so far in OUT.
+with --resume; meanwhile OUT has the best solvers so far.
 """
 
 import argparse
@@ -14,11 +14,12 @@ import logging
 import shlex
 import signal
 import sys
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from huggingface_hub import cached_assets_path
 
 from diffusers_searched_solver import SearchedSolver
@@ -29,7 +30,8 @@ from search.journal import Journal
 from search.loading import NAMES, build_conditions, load_pipeline, takes_guidance
 from search.measure import measure
 from search.memory import inference_memory, peak_memory
-from search.output import write_results, write_solvers
+from search.output import write_results
+from search.processes import LostProcessError
 from search.session import run_search
 from search.strategy import BATCH_SIZE, ITERATIONS, MAX_CALLS, NUM_SAMPLES, TEACHER_STEPS, check_settings
 
@@ -58,6 +60,7 @@ DEFAULTS = {
     "gradient": {"num_samples": PAPER_RECIPE.num_samples, "teacher_steps": PAPER_RECIPE.teacher_steps},
 }
 STOPPED = 128 + signal.SIGTERM
+GO_ON = "What was found so far is in the output folder: go on with --resume."
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -108,9 +111,12 @@ def _defaults(what: str, name: str) -> str:
 def main(arguments: list[str] | None = None):
     """Load, search, measure, write."""
     args = parse_arguments(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Without an accelerator, accelerate takes the processes of a launch for so many launches unless it is told.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    # Processes wait for each other's batches. Without an accelerator, accelerate takes the processes of a launch for
+    # so many launches unless it is told.
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[waiting])
     pipe = load_pipeline(args.pipeline, DTYPES[args.mixed_precision], accelerator.device)
     if args.fitter == "gradient" and args.guidance_scale is None and takes_guidance(pipe):
         args.guidance_scale = 1.0
@@ -122,20 +128,13 @@ def main(arguments: list[str] | None = None):
         print(estimate(pipe, conditions, args))
         return
     calls = NetworkCalls(pipe)
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"version": version("diffusers-searched-solver")}
     journal = Journal(calls, args.output_dir / "journal.json", settings, args.resume)
     solvers: dict[int, SearchedSolver] = {}
-    try:
-        memory = inference_memory(pipe, conditions[0], args.batch_size)
-        search = run_search(pipe, conditions, args, calls, journal, solvers)
-        search["peak_memory_over_inference"] = peak_memory(accelerator.device) / memory
-        evaluation = measure(pipe, conditions, solvers, args)
-    except KeyboardInterrupt:
-        if accelerator.is_main_process and solvers:
-            write_solvers(pipe, solvers, args.output_dir, {"base_model": args.pipeline})
-        found = f"{args.output_dir} has the best solvers so far" if solvers else "Nothing was found yet"
-        print(f"Stopped. {found}. Go on with --resume.", file=sys.stderr)
-        sys.exit(STOPPED)
+    memory = inference_memory(pipe, conditions[0], args.batch_size)
+    search = run_search(pipe, conditions, args, calls, journal, solvers)
+    search["peak_memory_over_inference"] = peak_memory(accelerator.device) / memory
+    evaluation = measure(pipe, conditions, solvers, args)
     if accelerator.is_main_process:
         report = {
             "command": shlex.join(["accelerate", "launch", "search/run.py", *(arguments or sys.argv[1:])]),
@@ -153,9 +152,23 @@ def main(arguments: list[str] | None = None):
     journal.delete()
 
 
+def _stop(number, frame):
+    """Stop, and at a second signal at once: nothing is left to be written."""
+    for handled in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(handled, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     try:
         main()
+    except KeyboardInterrupt:
+        print(f"Stopped. {GO_ON}", file=sys.stderr)
+        sys.exit(STOPPED)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {error} Lower --batch-size or --num-samples, or use more processes.")
+    except (LostProcessError, OSError) as error:
+        sys.exit(f"error: {error} Once this is put right: {GO_ON}")
     except (ValueError, FieldError) as error:
         sys.exit(f"error: {error}")

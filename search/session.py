@@ -16,6 +16,7 @@ from .differentiable_network import DifferentiableNetwork
 from .field import NetworkCalls
 from .gradient import Recipe, fit_by_gradient
 from .journal import Journal
+from .output import write_solvers
 from .processes import quiet
 from .strategy import TRAIN_SEEDS, Problem, fit_solver, search_problem, split_seeds
 
@@ -33,7 +34,7 @@ def run_search(
     solvers: dict[int, SearchedSolver],
 ) -> dict:
     """
-    Put a solver for each step count into `solvers`, ever better ones while it searches.
+    Put a solver for each step count into `solvers`, and into `args.output_dir`, ever better ones while it searches.
 
     Returns:
         `dict`: The `search` of a report, i.e. what it cost.
@@ -57,7 +58,10 @@ def run_search(
             progress.set_description(f"search, {num_steps} steps")
             before, started = journal.spent, time.perf_counter()
             for solver in fit(num_steps=num_steps):
-                solvers[num_steps] = solver
+                if solver is not solvers.get(num_steps):
+                    solvers[num_steps] = solver
+                    if PartialState().is_main_process:
+                        write_solvers(pipe, solvers, args.output_dir, {"base_model": args.pipeline})
             costs[str(num_steps)] = {
                 "network_calls": teacher_calls + journal.spent - before,
                 "seconds": round(time.perf_counter() - started + teacher_seconds, 2),
