@@ -21,6 +21,11 @@ CHECKPOINTS = {
 NAMES = (*HUB_NAMES, *CHECKPOINTS)
 
 
+def hub_repository(name: str) -> str | None:
+    """The Hub repository that `load_pipeline` takes for `name`, if it is not a folder."""
+    return None if os.path.isdir(name) else HUB_NAMES.get(name, name)
+
+
 def load_pipeline(name: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
     """
     Load a pipeline.
@@ -40,7 +45,7 @@ def load_pipeline(name: str, dtype: torch.dtype, device: torch.device) -> Diffus
             f"  hf download {repository} {file} --local-dir .\n"
             f"  python -m diffusers_searched_solver.convert {arguments} --checkpoint {file} --output {name}"
         )
-    source = name if os.path.isdir(name) else HUB_NAMES.get(name, name)
+    source = hub_repository(name) or name
     try:
         class_name = DiffusionPipeline.load_config(source).get("_class_name", "")
     except (OSError, ValueError) as error:

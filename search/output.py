@@ -1,4 +1,4 @@
-"""What a search leaves behind: the solver, the report and the images, each written whole."""
+"""What a search leaves behind: the solver, the report, the images and the model card, each written whole."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, SolverFile
 
+from .card import IMAGES, write_card
 from .images import SampleImages, draw_samples, image_grid
 from .report import write_report
 from .strategy import EVALUATION_SEEDS, split_seeds
@@ -35,6 +36,7 @@ def write_results(
     }
     provenance = {
         "base_model": report["pipeline"],
+        "license": report["license"],
         "guidance_scale": str(report["guidance_scale"] or "the pipeline's default"),
         "teacher": f"{report['search']['teacher_steps']} steps of Adams-Bashforth 3",
         "objective": "endpoint_error",
@@ -46,8 +48,9 @@ def write_results(
         scheduler.save_pretrained(aside)
         (aside / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         if images is not None:
-            image_grid(images).save(aside / "images.png")
+            image_grid(images).save(aside / IMAGES)
         write_report(aside, images)
+        write_card(aside, str(output_dir))
     print(f"\nWrote {output_dir}. Use it with\n  from diffusers_searched_solver import SearchedSolverScheduler")
     print(f"  pipe.scheduler = SearchedSolverScheduler.from_pretrained({str(output_dir)!r})")
 

@@ -3,9 +3,9 @@ Search few-step solvers for a diffusers pipeline and measure them.
 
     accelerate launch search/run.py --pipeline examples/digits-sit --num-steps 5 8 10 --output-dir OUT
 
-OUT is then what `SearchedSolverScheduler.from_pretrained(OUT)` loads, with `report.html`, `report.json` and
-`images.png` beside it. Samples are dealt out to the processes of `accelerate launch`. A search that was killed goes on
-with --resume; meanwhile OUT has the best solvers so far.
+OUT is then what `SearchedSolverScheduler.from_pretrained(OUT)` loads, with `report.html`, `report.json`, `images.png`
+and a model card beside it; --push-to-hub uploads them. Samples are dealt out to the processes of `accelerate launch`.
+A search that was killed goes on with --resume; meanwhile OUT has the best solvers so far.
 """
 
 import argparse
@@ -27,11 +27,12 @@ from search.estimate import estimate
 from search.field import FieldError, NetworkCalls
 from search.gradient import PAPER_RECIPE
 from search.journal import Journal
-from search.loading import NAMES, build_conditions, load_pipeline, takes_guidance
+from search.loading import NAMES, build_conditions, hub_repository, load_pipeline, takes_guidance
 from search.measure import measure
 from search.memory import inference_memory, peak_memory
 from search.output import write_results
 from search.processes import LostProcessError
+from search.publish import PublishError, check_target, publish
 from search.session import run_search
 from search.strategy import BATCH_SIZE, ITERATIONS, MAX_CALLS, NUM_SAMPLES, TEACHER_STEPS, check_settings
 
@@ -91,6 +92,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with the search that was begun in --output-dir, if there is one")
     add("--dry-run", action="store_true", help="say what the search would cost, and stop")
     add("--cache-dir", type=Path, help="where the teacher's end points are kept (default: in the Hugging Face cache)")
+    add("--push-to-hub", metavar="ORG/NAME", help="upload the solver, its model card and the report when finished")
+    add("--license", default="apache-2.0", help="of the solver, as the Hub names licences (default: apache-2.0)")
     parsed = parser.parse_args(arguments)
     if not isinstance(parsed.call_kwargs, dict):
         parser.error(f"--call-kwargs is {json.dumps(parsed.call_kwargs)}, expected a JSON object")
@@ -111,6 +114,8 @@ def _defaults(what: str, name: str) -> str:
 def main(arguments: list[str] | None = None):
     """Load, search, measure, write."""
     args = parse_arguments(arguments)
+    if args.push_to_hub is not None:
+        check_target(args.push_to_hub)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     # Processes wait for each other's batches. Without an accelerator, accelerate takes the processes of a launch for
@@ -140,6 +145,9 @@ def main(arguments: list[str] | None = None):
             "command": shlex.join(["accelerate", "launch", "search/run.py", *(arguments or sys.argv[1:])]),
             "pipeline": args.pipeline,
             "pipeline_class": type(pipe).__name__,
+            "base_model": hub_repository(args.pipeline),
+            "license": args.license,
+            "example": conditions[0],
             "guidance_scale": args.guidance_scale,
             "conditions": len(conditions),
             "seed": args.seed,
@@ -150,6 +158,8 @@ def main(arguments: list[str] | None = None):
         }
         write_results(pipe, conditions, solvers, report, args.output_dir)
     journal.delete()
+    if args.push_to_hub is not None and accelerator.is_main_process:
+        print(f"Uploaded to {publish(args.output_dir, args.push_to_hub)}")
 
 
 def _stop(number, frame):
@@ -170,5 +180,5 @@ if __name__ == "__main__":
         sys.exit(f"error: {error} Lower --batch-size or --num-samples, or use more processes.")
     except (LostProcessError, OSError) as error:
         sys.exit(f"error: {error} Once this is put right: {GO_ON}")
-    except (ValueError, FieldError) as error:
+    except (ValueError, FieldError, PublishError) as error:
         sys.exit(f"error: {error}")

@@ -9,11 +9,15 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+from huggingface_hub import constants
 
 
 TOKEN = "hf_the_right_one"
 REPO = r"(?P<repo>[^/]+/[^/]+)"
+LICENSES = ("apache-2.0", "mit", "cc-by-nc-4.0", "openrail++", "other")
 
 
 class Refusal(Exception):
@@ -65,12 +69,14 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def commit(self, repo_id: str, files: dict[str, bytes], branch="main", access="public", replace=False) -> str:
-        """Add files to a branch, or make them all it has; returns the commit's id."""
+    def commit(
+        self, repo_id: str, files: dict[str, bytes], branch="main", access="public", replace=False, deleted=()
+    ) -> str:
+        """Add files to a branch, or make them all it has, and delete some; returns the commit's id."""
         repo = self.repos.setdefault(repo_id, Repo(access=access))
         parent = {} if replace else repo.commits.get(repo.refs.get(branch), {})
         commit = hashlib.sha1(f"{repo_id} {branch} {len(repo.commits)}".encode()).hexdigest()
-        repo.commits[commit] = {**parent, **files}
+        repo.commits[commit] = {name: content for name, content in {**parent, **files}.items() if name not in deleted}
         repo.refs[branch] = commit
         return commit
 
@@ -151,6 +157,22 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name} for name in sorted(files)]
         self._json({"id": repo, "modelId": repo, "sha": commit, "private": False, "tags": [], "siblings": siblings})
 
+    def _models(self):
+        """The repositories whose cards have all tags that are asked for."""
+        wanted = {tag for tags in parse_qs(urlsplit(self.path).query).get("filter", []) for tag in tags.split(",")}
+        found = []
+        for repo_id, repo in self.hub.repos.items():
+            card = metadata(repo.commits[repo.refs["main"]].get("README.md", b"").decode())
+            tags = [*card.get("tags", []), f"base_model:{card.get('base_model')}"]
+            if wanted <= {*tags}:
+                found.append({"id": repo_id, "modelId": repo_id, "tags": tags})
+        self._json(found)
+
+    def _validate(self):
+        errors = list(metadata_errors(metadata(json.loads(self.body)["content"])))
+        content = json.dumps({"errors": [{"message": error} for error in errors], "warnings": []}).encode()
+        self._send(400 if errors else 200, content, {"Content-Type": "application/json"})
+
     def _tree(self, repo, revision):
         _, files = self.hub.find(repo, revision, self.token)
         kinds = {name: {"type": "file", "size": len(files[name]), "oid": _sha(files[name])} for name in sorted(files)}
@@ -193,10 +215,47 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, repo, revision):
         if self.token != TOKEN:
             raise Refusal(401)
-        entries = [json.loads(line)["value"] for line in self.body.splitlines() if json.loads(line)["key"] == "file"]
-        files = {entry["path"]: base64.b64decode(entry["content"]) for entry in entries}
-        commit = self.hub.commit(repo, files, branch=revision)
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        added = [line["value"] for line in lines if line["key"] == "file"]
+        deleted = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
+        files = {entry["path"]: base64.b64decode(entry["content"]) for entry in added}
+        commit = self.hub.commit(repo, files, branch=revision, deleted=deleted)
         self._json({"commitUrl": f"{self.hub.endpoint}/{repo}/commit/{commit}", "commitOid": commit})
+
+
+def point_client_at(endpoint: str, monkeypatch):
+    """Have the Hub's client of this process talk to `endpoint` as the right user."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+
+
+def metadata(card: str) -> dict:
+    """The YAML block that a card begins with."""
+    block = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    return yaml.safe_load(block[1]) if block else {}
+
+
+def metadata_errors(card: dict):
+    """
+    What the Hub would refuse in a model card's metadata.
+
+    Source: https://huggingface.co/docs/hub/model-cards and https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+    """
+    if card.get("license", "other") not in LICENSES:
+        yield f'"license" must be one of {", ".join(LICENSES)}'
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", card.get("base_model", "a/b")):
+        yield '"base_model" must be the name of a model on the Hub'
+    if card.get("base_model_relation", "adapter") not in ("adapter", "finetune", "merge", "quantized"):
+        yield '"base_model_relation" is unknown'
+    for model in card.get("model-index", []):
+        required = [("name", model)]
+        for result in model["results"]:
+            required += [("type", result["task"]), ("type", result["dataset"]), ("name", result["dataset"])]
+            required += [(key, metric) for metric in result["metrics"] for key in ("type", "value")]
+        yield from (f'"model-index" lacks a "{key}"' for key, part in required if part.get(key) in (None, ""))
 
 
 def _sha(content: bytes) -> str:
@@ -210,7 +269,8 @@ _ROUTES = {
     rf"(GET|HEAD) /{REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)": _Handler._resolve,
     rf"(GET|HEAD) /storage/{REPO}/(?P<commit>[^/]+)/(?P<name>.+)": _Handler._storage,
     r"POST /api/repos/create": _Handler._create,
-    r"POST /api/validate-yaml": lambda handler: handler._json({}),
+    r"POST /api/validate-yaml": _Handler._validate,
+    r"GET /api/models": _Handler._models,
     rf"POST /api/models/{REPO}/preupload/(?P<revision>.+)": _Handler._preupload,
     rf"POST /api/models/{REPO}/commit/(?P<revision>.+)": _Handler._commit,
 }

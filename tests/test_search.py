@@ -187,6 +187,7 @@ def test_accelerate_launch_writes_what_from_pretrained_loads(tmp_path, name):
     assert "searched / this" in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {
+        "README.md",
         "images.png",
         "report.html",
         "report.json",

@@ -3,6 +3,7 @@
 # diffusers looks for this name in the package that a pipeline's model_index.json points at.
 from diffusers import SchedulerMixin
 
+from .hub import list_hub_solvers
 from .process import FlowMatching, NoiseProcess, VariancePreserving, process_from_config, time_grid
 from .scheduler import SearchedSolverScheduler, list_bundled_solvers
 from .serialization import SolverFile, SolverFileError, load_solver_file, save_solver_file
@@ -22,6 +23,7 @@ __all__ = [
     "SolverFileError",
     "VariancePreserving",
     "list_bundled_solvers",
+    "list_hub_solvers",
     "load_solver_file",
     "process_from_config",
     "save_solver_file",

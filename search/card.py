@@ -1,0 +1,142 @@
+"""The model card of a finished search, made from its report alone."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from diffusers_searched_solver import pipelines
+from diffusers_searched_solver.hub import TAG
+from diffusers_searched_solver.serialization import write_whole
+
+from .evaluate import is_diffusers_scheduler
+
+
+TEMPLATE = "card_template.md"
+IMAGES = "images.png"
+# What would be more than itself in Markdown or HTML, wherever in a line it stands.
+MARKUP = re.compile(r"[\\`*_\[\]{}<>#!|&~$^:@]")
+
+
+def write_card(folder: Path, name: str) -> None:
+    """
+    Write the model card `README.md` beside the `report.json` that it is made from.
+
+    Args:
+        folder: Where they are.
+        name (`str`): What `SearchedSolverScheduler.from_pretrained` finds the solver by: a repository or a folder.
+    """
+    report = json.loads((folder / "report.json").read_text())
+    results = {int(n): rows for n, rows in sorted(report["evaluation"]["results"].items(), key=lambda kv: int(kv[0]))}
+    has_images = (folder / IMAGES).exists()
+    metadata = ModelCardData(
+        library_name="diffusers",
+        license=report["license"],
+        base_model=report["base_model"],
+        # It is used with its base model, not in its place.
+        base_model_relation="adapter" if report["base_model"] else None,
+        tags=[TAG, "scheduler"],
+        model_name=_title(name),
+        eval_results=[each for n, rows in results.items() for each in _eval_results(n, rows, report)],
+    )
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{_text(report, results, name, has_images)}")
+    write_whole(folder / "README.md", str(card).encode(errors="backslashreplace"))
+
+
+def _eval_results(num_steps: int, rows: Sequence[Mapping], report: Mapping) -> list[EvalResult]:
+    """The searched solver's error, and its ratios to the rivals', as a card's metadata has them."""
+    evaluation = report["evaluation"]
+    about = {
+        "task_type": "other",
+        "task_name": "Few-step sampling",
+        "dataset_type": "noise",
+        "dataset_name": f"{evaluation['num_samples']} noises that the search has not seen",
+        "dataset_config": f"{num_steps} steps",
+        "dataset_args": {"seed": report["seed"], "teacher_steps": evaluation["teacher_steps"]},
+    }
+    found = []
+    for row in sorted(rows, key=lambda row: row["solver"] != "searched"):
+        if row["solver"] == "searched":
+            name, kind, value, interval = "End-point error", "endpoint_error", row["endpoint_error"], "error_interval"
+        else:
+            name, kind, value, interval = f"Error / {row['solver']}'s", "error_ratio", row["ratio"], "ratio_interval"
+        # A rival may diverge; the Hub's format has finite numbers only.
+        if math.isfinite(value):
+            args = {"interval_95": row[interval]}
+            found.append(EvalResult(**about, metric_type=kind, metric_name=name, metric_value=value, metric_args=args))
+    return found
+
+
+def _text(report: Mapping, results: Mapping[int, Sequence[Mapping]], name: str, has_images: bool) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        finalize=_escaped,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"number": _number, "code": _code}
+    return environment.get_template(TEMPLATE).render(
+        report=report,
+        results=results,
+        summary={n: _summary(rows) for n, rows in results.items()},
+        title=_title(name),
+        step_counts=_listed(results),
+        usage=_usage(report, name, min(results), has_images),
+        name=name,
+        has_images=has_images,
+    )
+
+
+def _title(name: str) -> str:
+    return Path(name).resolve().name
+
+
+def _summary(rows: Sequence[Mapping]) -> list[Mapping]:
+    """The searched solver and the best of either kind of rival."""
+    return [
+        next(row for row in rows if row["solver"] == "searched"),
+        next(row for row in rows if is_diffusers_scheduler(row)),
+        next(row for row in rows if row["solver"] == "classical table"),
+    ]
+
+
+def _usage(report: Mapping, name: str, num_steps: int, has_images: bool) -> str:
+    """Python code that draws a sample as the search did."""
+    cls = report["pipeline_class"]
+    package = "diffusers_searched_solver.pipelines" if hasattr(pipelines, cls) else "diffusers"
+    arguments = "".join(f"{key}={value!r}, " for key, value in report["example"].items())
+    return f"""\
+from {package} import {cls}
+from diffusers_searched_solver import SearchedSolverScheduler
+
+pipe = {cls}.from_pretrained({report["base_model"] or report["pipeline"]!r})
+pipe.scheduler = SearchedSolverScheduler.from_pretrained({name!r})
+{"image" if has_images else "output"} = pipe({arguments}num_inference_steps={num_steps}){".images[0]" * has_images}"""
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *head, last = map(str, numbers)
+    return f"{', '.join(head)} and {last}" if head else last
+
+
+def _escaped(value) -> Markup:
+    """A value as Markdown that shows it: nothing in it is markup, and it stays on its line."""
+    return value if isinstance(value, Markup) else Markup(MARKUP.sub(r"\\\g<0>", " ".join(str(value).split())))
+
+
+def _number(value: float) -> str:
+    return f"{value:#.3g}".removesuffix(".")
+
+
+def _code(text: str, language: str) -> Markup:
+    """A block of code, between fences that its content cannot end."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Markup(f"{fence}{language}\n{text}\n{fence}")
