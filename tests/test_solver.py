@@ -1,4 +1,4 @@
-"""SearchedSolver: exact properties first, then order of convergence, then what it refuses."""
+"""SearchedSolver against diffusers' schedulers and textbooks, and what it refuses; see also test_numerics.py."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch._dynamo.testing import CompileCounter
 
 from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePreserving, tensor_step, time_grid
-from diffusers_searched_solver.process import PREDICTION_TYPES, convert_prediction
+from diffusers_searched_solver.process import convert_prediction
 
 
 PROCESSES = {"flow": FlowMatching(), "vp": VariancePreserving()}
@@ -31,32 +31,6 @@ def run(solver, network, x, prediction_type):
         history.append(solver.prediction(network(x, t), x, i, prediction_type))
         x = solver.step(x, history, i)
     return x
-
-
-@pytest.fixture(params=PROCESSES, ids=list(PROCESSES))
-def process(request):
-    return PROCESSES[request.param]
-
-
-@pytest.mark.parametrize("frame", FRAMES)
-@pytest.mark.parametrize("prediction_type", [kind for kind in PREDICTION_TYPES if kind != "epsilon"])
-def test_a_constant_prediction_is_integrated_exactly_by_any_consistent_solver(process, frame, prediction_type):
-    """If the network always names the same data D and noise E, every state is alpha * D + sigma * E.
-
-    Noise predictions say nothing at alpha = 0, where a flow begins; they are covered on the variance-preserving
-    process below.
-    """
-    solver = random_solver(process, frame)
-    data, noise = torch.randn(2, 5, dtype=torch.float64)
-    levels = dict(zip(solver.timesteps, zip(solver.alphas, solver.sigmas, strict=False), strict=False))
-
-    def network(x, t):
-        alpha, sigma = levels[t]
-        u, w = convert_prediction("sample", prediction_type, alpha, sigma)
-        return u * x + w * data
-
-    start = solver.alphas[0] * data + solver.sigmas[0] * noise
-    torch.testing.assert_close(run(solver, network, start, prediction_type), data, rtol=0, atol=1e-10)
 
 
 def test_conversions_are_inverse_to_each_other_and_agree_with_their_definitions():
@@ -112,47 +86,6 @@ def test_the_textbook_coefficients_come_out_on_equal_steps():
         np.testing.assert_allclose(solver.coefficients[5, 6 - order :], row, atol=1e-12)
 
 
-def _gaussian_epsilon(process, spread=0.6, centre=0.4):
-    """The exact noise prediction for data of one normal distribution, and the exact end of its flow."""
-
-    def network(x, t):
-        alpha, sigma = (float(v) for v in process.alpha_sigma(t))
-        return sigma * (x - alpha * centre) / (alpha**2 * spread**2 + sigma**2)
-
-    def end(x, alpha, sigma, alpha_end, sigma_end):
-        scale = np.sqrt((alpha_end**2 * spread**2 + sigma_end**2) / (alpha**2 * spread**2 + sigma**2))
-        return alpha_end * centre + scale * (x - alpha * centre)
-
-    return network, end
-
-
-def _end_error(process, frame, order, num_steps):
-    network, end = _gaussian_epsilon(process)
-    x = torch.tensor([1.3, -0.7], dtype=torch.float64)
-    # Nodes of whole steps between two noise levels, away from the ends where the process is singular.
-    times = process.max_timestep * np.linspace(0.9, 0.2, num_steps + 1)
-    alphas, sigmas = process.alpha_sigma(times)
-    solver = SearchedSolver.adams_bashforth(times[:-1], alphas, sigmas, frame, order)
-    exact = end(x, alphas[0], sigmas[0], alphas[-1], sigmas[-1])
-    return float((run(solver, network, x, "epsilon") - exact).abs().max())
-
-
-@pytest.mark.parametrize("frame", FRAMES)
-@pytest.mark.parametrize("order", [1, 2])
-def test_adams_bashforth_converges_with_its_order(process, frame, order):
-    observed = np.log2(_end_error(process, frame, order, 256) / _end_error(process, frame, order, 512))
-    assert observed == pytest.approx(order, abs=0.15)
-
-
-@pytest.mark.parametrize("frame", FRAMES)
-@pytest.mark.parametrize("order", [3, 4])
-def test_higher_orders_that_ramp_up_from_euler_keep_order_two_at_a_smaller_error(process, frame, order):
-    """The first steps are of lower order, so the global order is min(k, 2); the constant is what improves."""
-    coarse, fine = (_end_error(process, frame, order, n) for n in (256, 512))
-    assert np.log2(coarse / fine) > 1.85
-    assert fine < 0.5 * _end_error(process, frame, 2, 512)
-
-
 def test_order_two_in_the_data_frame_nears_dpm_solver_pp_2m_as_steps_shrink():
     """Their coefficients (1 + h/2g, -h/2g) measure the steps h, g in exp(lambda) and in lambda."""
     gaps = []
@@ -174,22 +107,6 @@ def test_a_run_that_begins_mid_way_puts_missing_weights_on_the_oldest_prediction
     row = solver.coefficients[4]
     expected = x + step * (row[:4].sum() * first + row[4] * second)
     torch.testing.assert_close(solver.step(x, [first, second], 4), expected)
-
-
-def test_a_constant_noise_prediction_is_integrated_exactly_on_the_variance_preserving_process():
-    solver = random_solver(PROCESSES["vp"], "data")
-    data, noise = torch.randn(2, 5, dtype=torch.float64)
-    start = solver.alphas[0] * data + solver.sigmas[0] * noise
-    torch.testing.assert_close(run(solver, lambda x, t: noise, start, "epsilon"), data, rtol=0, atol=1e-9)
-
-
-def test_samples_of_a_batch_do_not_interact(process):
-    solver = random_solver(process, "data")
-    x = torch.randn(3, 4)
-    network = lambda x, t: torch.sin(3 * x + t / 500)  # noqa: E731
-    together = run(solver, network, x, "v_prediction")
-    alone = torch.cat([run(solver, network, x[k : k + 1], "v_prediction") for k in range(3)])
-    assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
