@@ -37,27 +37,27 @@ def estimate(pipe: DiffusionPipeline, conditions: Sequence[dict], args: argparse
     """
     per_sample, seconds, elements = _time_calls(pipe, conditions, args.batch_size)
     _, seconds_measuring, _ = _time_calls(pipe, conditions, EVALUATION_BATCH_SIZE)
-    memory, processes = peak_memory(pipe.device), PartialState().num_processes
-    samples = args.num_samples + max(1, args.num_samples // 4)
-    teacher = per_sample * samples * args.teacher_steps * (args.fitter == "gauss-newton")
-    lines = [f"teacher: {teacher:,} network calls, {_duration(teacher * seconds / processes)}"]
-    total_seconds, parameters = teacher * seconds, 0
     own = SearchedSolverScheduler.from_config(pipe.scheduler.config)
-    for num_steps in args.num_steps:
-        family = make_family(own.process, own.config.prediction_type, num_steps)
+    families = [make_family(own.process, own.config.prediction_type, num_steps) for num_steps in args.num_steps]
+    by_gradient = args.fitter == "gradient"
+    samples = args.num_samples + max(1, args.num_samples // 4)
+    teacher = 0 if by_gradient else per_sample * samples * args.teacher_steps
+    costs = {} if by_gradient else {"teacher": (teacher, seconds)}
+    for family in families:
         calls = per_sample * _search_evaluations(family, conditions, args, (args.max_calls - teacher) / per_sample)
-        total_seconds += calls * seconds
-        parameters = max(parameters, len(_searched(family, times_only=False)))
-        lines.append(f"{num_steps} steps: {calls:,} network calls more, {_duration(calls * seconds / processes)}")
-    measuring = per_sample * _measuring_evaluations(pipe, args)
-    total_seconds += measuring * seconds_measuring
-    lines.append(f"measuring: {measuring:,} network calls, {_duration(measuring * seconds_measuring / processes)}")
-    held = 4 * elements * (parameters + args.teacher_steps) * math.ceil(args.num_samples / processes)
-    lines.append(
-        f"in all: {_duration(total_seconds / processes)} on {processes} process{'es' * (processes > 1)}, peak memory "
-        f"{(memory + held) / 2**20:,.0f} MiB each: {memory / 2**20:,.0f} for sampling, {held / 2**20:,.0f} for the "
-        "derivatives"
-    )
+        costs[f"{family.num_steps} steps"] = (calls, seconds)
+    costs["measuring"] = (per_sample * _measuring_evaluations(pipe, args), seconds_measuring)
+    processes = PartialState().num_processes
+    lines = [f"{what}: {n:,} network calls, {_duration(n * each / processes)}" for what, (n, each) in costs.items()]
+    in_all = _duration(sum(n * each for n, each in costs.values()) / processes)
+    lines.append(f"in all: {in_all} on {processes} process{'es' * (processes > 1)}")
+    memory = peak_memory(pipe.device) / 2**20
+    if by_gradient:
+        return "\n".join([*lines, f"peak memory: {memory:,.0f} MiB, and what the network keeps for its gradient"])
+    columns = max(len(_searched(family, times_only=False)) for family in families)
+    states = columns * math.ceil(args.num_samples / processes) + 2 * args.teacher_steps * args.batch_size
+    held = 4 * elements * states / 2**20
+    lines.append(f"peak memory: {memory + held:,.0f} MiB, {memory:,.0f} for sampling and {held:,.0f} for derivatives")
     return "\n".join(lines)
 
 

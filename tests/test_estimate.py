@@ -28,7 +28,7 @@ def test_a_search_costs_as_many_network_calls_as_was_said_within_a_fifth(name, n
     lines = estimate(pipe, conditions, args)
     teacher, said = (
         int(re.search(pattern, lines)[1].replace(",", ""))
-        for pattern in (r"teacher: ([\d,]+) network calls", rf"{num_steps} steps: ([\d,]+) network calls more")
+        for pattern in (r"teacher: ([\d,]+) network calls", rf"{num_steps} steps: ([\d,]+) network calls")
     )
     calls = NetworkCalls(pipe)
     problem = search_problem(pipe, conditions, 16, 0, args.teacher_steps, args.batch_size, calls)
