@@ -42,7 +42,7 @@ class TeacherCache:
         """
         if self._folder is None:
             return rollout(field, teacher).end
-        path = self._folder / f"{_content_key(field, teacher)}.safetensors"
+        path = self._folder / f"{content_key(field, teacher)}.safetensors"
         if path.exists() and (found := _read(path, field.noise)) is not None:
             end, cost = found
             calls.count += cost
@@ -56,7 +56,8 @@ class TeacherCache:
         return end
 
 
-def _content_key(field: PipelineField, teacher: SearchedSolver) -> str:
+def content_key(field: PipelineField, teacher: SearchedSolver) -> str:
+    """A hash of what the field and the teacher compute."""
     last = field.process.max_timestep
     digest = hashlib.sha256()
     for tensor in (field.noise, field(field.noise, last), field(field.noise, last / 2)):

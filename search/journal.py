@@ -110,8 +110,8 @@ class Journal:
         """
         if self.remember(lambda: fingerprint) != fingerprint:
             raise ValueError(
-                f"The search in '{self._path}' was begun with another network, or on another kind of machine: the "
-                "teacher ends elsewhere. Go on with the old one, or choose another --output-dir."
+                f"The search in '{self._path}' was begun with another network, or on another kind of machine: it "
+                "does not compute the same. Go on with the old one, or choose another --output-dir."
             )
 
     def delete(self):

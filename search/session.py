@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from diffusers_searched_solver import SearchedSolver
 
-from .cache import TeacherCache
+from .cache import TeacherCache, content_key
 from .differentiable_network import DifferentiableNetwork
-from .field import NetworkCalls
-from .gradient import Recipe, fit_by_gradient
+from .field import NetworkCalls, PipelineField
+from .gradient import Recipe, fit_by_gradient, recipe_teacher
 from .journal import Journal
 from .output import write_solvers
 from .processes import quiet
@@ -51,6 +51,7 @@ def run_search(
                 fit_solver, problem, iterations=args.iterations, max_calls=args.max_calls, journal=journal, log=log
             )
         else:
+            journal.check(_fingerprint(pipe, conditions[0], args, calls))
             fit = functools.partial(_fit_by_gradient, pipe, conditions, args, calls, journal, log)
         teacher_calls = problem.teacher_calls if problem else 0
         teacher_seconds = time.perf_counter() - started
@@ -82,6 +83,14 @@ def _problem(pipe, conditions, args, calls) -> Problem:
     cache = TeacherCache(args.cache_dir)
     sizes = args.num_samples, args.seed, args.teacher_steps, args.batch_size
     return search_problem(pipe, conditions, *sizes, calls, cache)
+
+
+def _fingerprint(pipe, condition: dict, args, calls) -> str:
+    """What the network makes of the first noise."""
+    field = PipelineField(pipe, condition, split_seeds(args.seed, TRAIN_SEEDS, 1), calls)
+    fingerprint = content_key(field, recipe_teacher(field.process, args.teacher_steps))
+    field.close()
+    return fingerprint
 
 
 def _fit_by_gradient(

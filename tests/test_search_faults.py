@@ -1,0 +1,167 @@
+"""Searches that are killed, stopped, starved and handed damaged files, on the command line."""
+
+import functools
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from kill_search import OPTIONS, PIPELINE, RUN, Search, check_whole, kill_and_go_on
+from safetensors.torch import load_file, save_file
+
+from diffusers_searched_solver import SearchedSolverScheduler
+
+
+GRADIENT = ["--fitter", "gradient", "--num-samples", 64]
+HALF_WAY = "3 steps, everything, half of the noises"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """What a search that nothing happens to finds, and how long it takes."""
+    Search(tmp_path_factory.mktemp("first"), "--dry-run").wait()
+    started = time.perf_counter()
+    found = Search(tmp_path_factory.mktemp("undisturbed")).found()
+    return found, time.perf_counter() - started
+
+
+@pytest.fixture()
+def begun(tmp_path_factory, tmp_path):
+    """The folder of a search that was killed."""
+    original = tmp_path_factory.getbasetemp() / "killed"
+    if not original.exists():
+        assert Search(original).wait_for_solver().kill()
+    return shutil.copytree(original, tmp_path / "begun")
+
+
+def assert_refused(search: Search, *words: str):
+    assert search.wait() == [1]
+    assert "Traceback" not in search.log
+    assert "error: " in search.log
+    for each in words:
+        assert each in search.log
+
+
+def test_a_search_that_is_killed_five_times_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
+    found, seconds = undisturbed
+    assert kill_and_go_on(tmp_path, 5, random.Random(0), seconds) == found
+
+
+def test_two_processes_find_the_bits_that_one_finds(undisturbed, tmp_path):
+    assert Search(tmp_path, num_processes=2).found() == undisturbed[0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_if_one_of_two_processes_is_killed_the_other_says_so_and_one_can_go_on(undisturbed, tmp_path, victim):
+    search = Search(tmp_path, num_processes=2).wait_for("3 steps, node times")
+    search.processes[victim].kill()
+    exits = search.wait(30)
+    assert exits[victim] == -signal.SIGKILL
+    assert exits[1 - victim] == 1
+    assert "error: Another process of the search has ended" in search.log
+    check_whole(search.out)
+    assert Search(tmp_path, "--resume").found() == undisturbed[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGTERM, HALF_WAY), (signal.SIGINT, HALF_WAY), (signal.SIGTERM, "distance to the teacher's end")],
+    ids=["SIGTERM", "SIGINT", "SIGTERM while measuring"],
+)
+def test_a_stopped_search_leaves_the_best_solver_so_far(undisturbed, tmp_path, number, moment):
+    search = Search(tmp_path).wait_for(moment)
+    os.kill(search.processes[0].pid, number)
+    assert search.wait(10) == [143]
+    assert "Stopped. What was found so far is in the output folder: go on with --resume." in search.log
+    assert "Traceback" not in search.log
+    check_whole(search.out)
+    SearchedSolverScheduler.from_pretrained(search.out).set_timesteps(3)
+    assert Search(tmp_path, "--resume").found() == undisturbed[0]
+
+
+def test_signals_to_all_processes_of_accelerate_launch_stop_them(undisturbed, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", RUN]
+    arguments = ["--pipeline", PIPELINE, *OPTIONS, "--output-dir", out, "--cache-dir", tmp_path / "cache"]
+    with open(log, "w") as stream:
+        process = subprocess.Popen([*launch, *arguments], start_new_session=True, stdout=stream, stderr=stream)
+    while not (out / "scheduler_config.json").exists():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) != 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    check_whole(out)
+    SearchedSolverScheduler.from_pretrained(out).set_timesteps(3)
+    assert Search(tmp_path, "--resume").found() == undisturbed[0]
+
+
+@pytest.mark.parametrize(("size", "what"), [(1500, "journal.json"), (20_000, "images.png")], ids=lambda value: value)
+def test_a_full_disk_is_said_and_the_search_goes_on_once_there_is_room(undisturbed, tmp_path, size, what):
+    """A limit to the size of files, which a search meets in the middle, or when it writes its results."""
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    search = Search(tmp_path, prepare=limit)
+    assert_refused(search, "File too large", "go on with --resume")
+    check_whole(search.out)
+    assert not (search.out / what).exists() or (search.out / what).stat().st_size < size
+    assert Search(tmp_path, "--resume").found() == undisturbed[0]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(undisturbed, tmp_path):
+    (tmp_path / "out").write_text("not a folder")
+    search = Search(tmp_path)
+    assert_refused(search, f"Nothing can be written in '{search.out}'. Choose another --output-dir.")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "empty", "other json", "one digit", "deep"])
+def test_a_damaged_journal_is_refused(begun, damage):
+    path = begun / "out" / "journal.json"
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "garbage": b"\xff\x00\xfe" * 100,
+            "truncated": content[: len(content) // 2],
+            "empty": b"",
+            "other json": b"[1, 2]",
+            "one digit": content.replace(b'"calls": ', b'"calls": 1', 1),
+            "deep": b"[" * 100_000,
+        }[damage]
+    )
+    assert_refused(Search(begun, "--resume"), "journal.json' is no journal of a search, or damaged", "Delete it")
+
+
+def test_a_search_goes_on_with_its_own_settings_alone(begun):
+    search = Search(begun, "--resume", "--num-samples", 5, "--guidance-scale", 3)
+    assert_refused(search, "guidance_scale was None, is 3.0; num_samples was 4, is 5. Go on with the old ones")
+
+
+@pytest.mark.parametrize("options", [[], GRADIENT], ids=["gauss-newton", "gradient"])
+def test_a_search_goes_on_with_its_own_network_alone(tmp_path, options):
+    """Someone has trained a little in the meantime."""
+    pipeline = shutil.copytree(PIPELINE, tmp_path / "pipeline")
+    options = ["--pipeline", pipeline, *options]
+    Search(tmp_path, *options).wait_for_solver().kill()
+    (path,) = (pipeline / "transformer").glob("*.safetensors")
+    weights = load_file(path)
+    weights["x_embedder.proj.weight"] *= 1.001
+    save_file(weights, path)
+    search = Search(tmp_path, *options, "--resume")
+    assert_refused(search, "was begun with another network, or on another kind of machine")
+
+
+def test_without_resume_what_was_begun_is_not_thrown_away(begun):
+    before = (begun / "out" / "journal.json").read_bytes()
+    assert_refused(Search(begun), "is the journal of a search that did not finish. Pass --resume to go on with it")
+    assert (begun / "out" / "journal.json").read_bytes() == before
+
+
+def test_resume_without_anything_to_go_on_with_begins(undisturbed, tmp_path):
+    assert Search(tmp_path, "--resume").found() == undisturbed[0]

@@ -1,0 +1,210 @@
+"""Networks that give no numbers, memory that runs out and caches that are damaged, in the middle of a search."""
+
+import inspect
+import logging
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from fields import load
+from safetensors.torch import save
+
+from search import search_solver
+from search.cache import TeacherCache
+from search.field import NetworkCalls
+from search.gauss_newton import gauss_newton_iteration
+from search.strategy import make_family, start_grids
+from search.teacher import make_batches
+
+
+CONDITIONS = [{"class_labels": [k], "guidance_scale": 1.0} for k in range(10)]
+SETTINGS = {"num_steps": 3, "num_samples": 4, "teacher_steps": 8, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def pipe(one_thread):
+    return load("digits-sit")
+
+
+@contextmanager
+def hooked(pipe, hook):
+    """Lets the network go through a hook, of what goes in or of what comes out."""
+    forward = len(inspect.signature(hook).parameters) == 3
+    network = pipe.transformer
+    handle = network.register_forward_hook(hook) if forward else network.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Spoil:
+    """
+    Makes some calls of a network give NaN for their first sample.
+
+    Args:
+        calls: Which ones, by number.
+    """
+
+    def __init__(self, calls=()):
+        self.calls, self.count = set(calls), 0
+
+    def __call__(self, module, args, output):
+        self.count += 1
+        if self.count - 1 in self.calls:
+            output[0][0] = torch.nan
+
+
+def search(pipe, **changes):
+    return search_solver(pipe, conditions=CONDITIONS, **{**SETTINGS, **changes})
+
+
+def tables(solver):
+    return np.concatenate([solver.timesteps, solver.alphas, solver.sigmas, solver.coefficients.ravel()])
+
+
+@pytest.fixture(scope="module")
+def num_calls(pipe):
+    """Of a search."""
+    counter = Spoil()
+    with hooked(pipe, counter):
+        search(pipe)
+    return counter.count
+
+
+@pytest.mark.parametrize("share", np.linspace(0, 1, 9))
+def test_one_nan_in_a_search_is_an_error_or_costs_a_trial_and_is_never_in_the_tables(pipe, num_calls, share):
+    with hooked(pipe, Spoil([round(share * (num_calls - 1))])):
+        try:
+            solver = search(pipe)
+        except ValueError as error:
+            assert "finite" in str(error)
+        else:
+            assert np.isfinite(tables(solver)).all()
+
+
+@pytest.fixture()
+def iteration(pipe):
+    """The arguments of an iteration, the first network call of its Jacobian, and the first of its trials."""
+    calls = NetworkCalls(pipe)
+    batches = make_batches(pipe, CONDITIONS, [0, 1], 2, 8, calls)
+    family = make_family(batches[0].field.process, batches[0].field.prediction_type, 3)
+    vector = family.vector(start_grids(family.process, 3)[0])
+    searched = family.searched(family.entries(vector), times_only=False)
+    trials = 3 + sum(3 - entry.known for entry in searched)
+    yield (family, vector, batches, False), 3, trials
+    batches[0].field.close()
+    calls.remove()
+
+
+def test_a_trial_that_is_not_finite_is_rejected(pipe, iteration):
+    arguments, _, trials = iteration
+    clean, gain = gauss_newton_iteration(*arguments)
+    spoil = Spoil(range(trials, trials + 3))
+    with hooked(pipe, spoil):
+        vector, other_gain = gauss_newton_iteration(*arguments)
+    assert spoil.count > trials + 3
+    assert np.isfinite(vector).all()
+    assert 0 < other_gain
+    assert not np.array_equal(vector, clean)
+
+
+def test_a_derivative_that_is_not_finite_is_an_error(pipe, iteration):
+    arguments, jacobian, trials = iteration
+    for call in range(jacobian, trials):
+        with hooked(pipe, Spoil([call])):
+            with pytest.raises(ValueError, match="A solver of 3 steps, or one that differs .* does not end at finite"):
+                gauss_newton_iteration(*arguments)
+
+
+def test_a_condition_that_gives_nan_is_named_with_its_seed(pipe):
+    def spoil(module, args, output):
+        _, _, labels = args
+        output[0][labels == 2] = torch.nan
+
+    with hooked(pipe, spoil):
+        with pytest.raises(ValueError, match=r"for seed 2 with class_labels=\[2\], guidance_scale=1.0 is not finite"):
+            search(pipe)
+
+
+def limit(samples):
+    def out_of_memory(module, args):
+        if len(args[0]) > samples:
+            raise torch.OutOfMemoryError("no more")
+
+    return out_of_memory
+
+
+def test_a_search_that_runs_out_of_memory_goes_on_with_halves(pipe, caplog):
+    small = search(pipe, num_steps=2, num_samples=16, batch_size=2)
+    with hooked(pipe, limit(2)):
+        halved = search(pipe, num_steps=2, num_samples=16, batch_size=4)
+    # The same samples together in calls, and the same order of sums.
+    assert np.array_equal(tables(halved), tables(small))
+    assert "4 samples in one call run out of memory: going on with 2." in caplog.text
+
+
+def test_memory_that_is_not_enough_for_one_sample_is_an_error(pipe):
+    with hooked(pipe, limit(0)):
+        with pytest.raises(RuntimeError, match="OutOfMemoryError: no more"):
+            search(pipe)
+
+
+@pytest.fixture()
+def ends(pipe):
+    """Makes the end points of two samples with a cache, and counts network calls."""
+    calls = NetworkCalls(pipe)
+
+    def ends(folder):
+        counter = Spoil()
+        with hooked(pipe, counter):
+            (batch,) = make_batches(pipe, CONDITIONS, [0, 1], 2, 8, calls, TeacherCache(folder))
+        batch.field.close()
+        return batch.target, counter.count
+
+    yield ends
+    calls.remove()
+
+
+def test_end_points_are_found_again(ends, tmp_path):
+    first, cost = ends(tmp_path)
+    again, cost_again = ends(tmp_path)
+    assert torch.equal(first, again)
+    assert cost_again == cost - 8
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "empty", "nan", "no calls", "other shape", "a folder"])
+def test_damaged_end_points_are_made_again(ends, tmp_path, caplog, damage):
+    first, cost = ends(tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "a folder":
+        path.mkdir()
+    else:
+        path.write_bytes(
+            {
+                "garbage": b"\xff" * 500,
+                "truncated": content[:-7],
+                "empty": b"",
+                "nan": save({"end": first * torch.nan}, {"calls": "16"}),
+                "no calls": save({"end": first}),
+                "other shape": save({"end": first[:1]}, {"calls": "16"}),
+            }[damage]
+        )
+    with caplog.at_level(logging.WARNING):
+        again, cost_again = ends(tmp_path)
+    assert torch.equal(first, again)
+    assert cost_again == cost
+    assert "is damaged" in caplog.text and "the teacher runs again" in caplog.text
+    if damage != "a folder":
+        assert path.read_bytes() == content
+
+
+def test_end_points_that_cannot_be_kept_are_done_without(ends, tmp_path, caplog):
+    (tmp_path / "file").write_text("not a folder")
+    first, _ = ends(tmp_path / "file" / "cache")
+    assert torch.isfinite(first).all()
+    assert "The teacher's end points cannot be kept for another time" in caplog.text
