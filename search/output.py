@@ -38,8 +38,8 @@ def write_results(
         "base_model": report["pipeline"],
         "license": report["license"],
         "guidance_scale": str(report["guidance_scale"] or "the pipeline's default"),
-        "teacher": f"{report['search']['teacher_steps']} steps of Adams-Bashforth 3",
-        "objective": "endpoint_error",
+        "fitter": report["search"]["fitter"],
+        "teacher": f"{report['search']['teacher_steps']} steps",
         "endpoint_errors": json.dumps(errors),
     }
     scheduler = _scheduler(pipe, solvers, provenance)
