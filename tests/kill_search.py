@@ -120,6 +120,7 @@ def _run(command: list[str], log: Path, environment: dict[str, str], prepare: Ca
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ.update(environment)
+    # Here, so that only the forks have it.
     import search.baselines
     import search.measure
 
@@ -146,10 +147,9 @@ def _facts(report: object) -> object:
 
 def check_whole(out: Path):
     """Make sure that every file that can be seen is whole."""
-    visible = [
-        path for path in out.rglob("*") if path.is_file() and not path.relative_to(out).parts[0].startswith(".")
-    ]
-    for path in visible:
+    for path in out.rglob("*"):
+        if path.is_dir() or path.relative_to(out).parts[0].startswith("."):
+            continue
         if path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".png":
