@@ -64,8 +64,9 @@ rows = [(f"{args.many_steps} steps", goals)]
 for num_steps in args.num_steps:
     results = {family: nearest(settings, num_steps) for family, settings in schedulers.items()}
     for family, (error, setting, images) in sorted(results.items(), key=lambda item: item[1][0]):
-        print(f"{num_steps} steps: {error:.4f}  {family}  {setting}")
-        rows.append((f"{num_steps} steps, error {error:.4f}\n{family}\n{setting}", images))
+        label = f"{num_steps} steps, error {error:.4f}\n{family}\n{setting}".strip()
+        print(label.replace("\n", ", "))
+        rows.append((label, images))
 
 width, height = goals[0].size
 scale = min(max(width, 64), 256) / width
