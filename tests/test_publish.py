@@ -317,11 +317,11 @@ def test_a_search_is_not_uploaded_unless_asked():
     assert parse_arguments(["--pipeline", "x", "--output-dir", "y"]).push_to_hub is None
 
 
-def test_a_launched_search_whose_upload_is_refused_leaves_all_and_fails(hub, tmp_path):
+def test_a_search_whose_upload_is_refused_leaves_all_and_fails(hub, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", ROOT / "search/run.py"]
+    smaller = ["--num-steps", "2", "--num-samples", "2", "--num-eval-samples", "2"]
     result = subprocess.run(
-        [*command, *SEARCH, "--push-to-hub", "org/unauthorised", "--output-dir", out],
+        [sys.executable, ROOT / "search/run.py", *SEARCH, *smaller, "--push-to-hub", "org/unauthorised", "--output-dir", out],
         env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_wrong", "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,

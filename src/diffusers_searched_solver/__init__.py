@@ -3,6 +3,7 @@
 # diffusers looks for this name in the package that a pipeline's model_index.json points at.
 from diffusers import SchedulerMixin
 
+from .check import Comparison, check_solver
 from .hub import list_hub_solvers
 from .process import FlowMatching, NoiseProcess, VariancePreserving, process_from_config, time_grid
 from .scheduler import SearchedSolverScheduler, list_bundled_solvers
@@ -14,6 +15,7 @@ from .solver import SearchedSolver, tensor_step
 SearchedSolverScheduler.__module__ = __name__
 
 __all__ = [
+    "Comparison",
     "FlowMatching",
     "NoiseProcess",
     "SchedulerMixin",
@@ -22,6 +24,7 @@ __all__ = [
     "SolverFile",
     "SolverFileError",
     "VariancePreserving",
+    "check_solver",
     "list_bundled_solvers",
     "list_hub_solvers",
     "load_solver_file",

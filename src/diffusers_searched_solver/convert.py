@@ -172,9 +172,8 @@ def _write(folder: Path, transformer, model: str, vae: str | None, id2label: dic
     pipe.save_config(folder)
 
 
-def main(arguments: list[str] | None = None):
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser):
+    """The arguments of `convert`, on any command line."""
     add = parser.add_argument
     add("--model", required=True, choices=MODELS, help="whose weights they are")
     add("--checkpoint", required=True, help="a file, or a folder in diffusers' layout")
@@ -193,12 +192,22 @@ def main(arguments: list[str] | None = None):
     )
     add("--num-heads", type=int, help="attention heads, for a width that is none of the published ones")
     add("--sample-size", type=int, help=f"FlowDCN's latent size (default: {FLOWDCN_SAMPLE_SIZE}; 64 for 512 pixels)")
-    options = parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
     try:
-        convert(**vars(options))
+        run(**vars(parser.parse_args(arguments)))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"Wrote '{options.output}'. Load it with `ClassToImagePipeline.from_pretrained({options.output!r})`.")
+
+
+def run(output: str, **arguments):
+    """Convert, and say how to load the result."""
+    convert(output=output, **arguments)
+    print(f"Wrote '{output}'. Load it with `ClassToImagePipeline.from_pretrained({output!r})`.")
 
 
 def _or_none(name: str) -> str | None:

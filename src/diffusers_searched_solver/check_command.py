@@ -1,0 +1,160 @@
+"""`searched-solver check`: the pipeline and its conditions from words, the measurement as a table and an answer."""
+
+import argparse
+import inspect
+import json
+import shlex
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.utils import tqdm
+
+from . import pipelines
+from .check import MIN_SAMPLES, REFERENCE_STEPS, Comparison, check_solver, count_steps
+from .serialization import SolverFile
+
+
+DTYPES = ("float32", "float16", "bfloat16")
+DESCRIPTION = f"""\
+Is a solver good for your pipeline: a fine-tune, another guidance scale, another resolution?
+
+Samples are drawn by the pipeline's ordinary call, from the same noise: in {REFERENCE_STEPS} steps of a classical
+solver, then in few steps with the pipeline's own scheduler and with the searched solver. The answer is which of these
+two ends nearer to where the many steps end. Exit status: 0 if it is the searched solver at every step count, 1 if not,
+2 on an error."""
+EPILOG = """\
+A pipeline that is made ready in code (with a LoRA, quantised, compiled, offloaded) is checked in code:
+
+  from diffusers_searched_solver import SearchedSolverScheduler, check_solver
+
+  solver = SearchedSolverScheduler.from_pretrained("org/name").solver_file
+  for found in check_solver(pipe, solver, [{"prompt": prompt} for prompt in prompts]):
+      print(found.num_steps, found.ratio, found.is_better)"""
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """All but the solver."""
+    add = parser.add_argument
+    add("--pipeline", required=True, help="a folder or a Hub repository")
+    add("--num-steps", type=int, nargs="+", help="the step counts to check (default: all that the solver has)")
+    add("--guidance-scale", type=float, help="default: the pipeline's own")
+    add("--class-labels", nargs="+", help="ids or names, used in turn (default: from all that the pipeline knows)")
+    add("--prompts", nargs="+", help="prompts, used in turn")
+    add("--call-kwargs", type=json_object, default={}, help="more of its call as JSON, such as '{\"height\": 768}'")
+    add("--num-samples", type=int, default=8, help=f"noises, at least {MIN_SAMPLES} (default: 8)")
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of the pipeline's networks (default: float32)")
+
+
+def json_object(text: str) -> dict:
+    """An object in JSON; argparse shows this function's name."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+def run(file: SolverFile, options: argparse.Namespace) -> int:
+    """
+    Measure, and print what was found.
+
+    Returns:
+        `int`: 0 if the solver is better than the pipeline's own scheduler at every step count, 1 if not.
+    """
+    pipe = _load_pipeline(options.pipeline, getattr(torch, options.dtype))
+    calls = _calls(pipe, options)
+    counts = options.num_steps or file.step_counts
+    try:
+        with tqdm(desc="steps", total=count_steps(counts, len(calls)), disable=None, leave=False) as progress:
+            found = check_solver(pipe, file, calls, counts, progress.update)
+    except (TypeError, AttributeError, LookupError, RuntimeError) as error:
+        raise ValueError(f"The call of {type(pipe).__name__} failed: {type(error).__name__}: {error}") from error
+    print(f"{_table(found)}\n")
+    own = f"your {type(pipe.scheduler).__name__}"
+    better = [f"{each.ratio:.2f}x its error in {each.num_steps} steps" for each in found if each.is_better]
+    if better:
+        print(f"Better than {own}: {', '.join(better)}, on {len(calls)} noises.")
+    others = [str(each.num_steps) for each in found if not each.is_better]
+    if others:
+        print(
+            f"Not better than {own} in {', '.join(others)} steps: keep yours there, or search for this pipeline with"
+        )
+        print(f"  {_search_command(options, others)}")
+    return 1 if others else 0
+
+
+def _table(found: Sequence[Comparison]) -> str:
+    """Errors as root mean square, least and greatest; the same of ratios."""
+    lines = [
+        f"Distance to the end of {REFERENCE_STEPS} classical steps, over all noises and for the best and the worst",
+        f"steps  {'searched solver':26}{'your scheduler':26}{'ratio':20}searched is nearer",
+    ]
+    for each in found:
+        with np.errstate(all="ignore"):
+            ratios = each.searched / each.own
+        searched, theirs = (
+            f"{np.sqrt(np.mean(errors**2)):.4f} ({errors.min():.4f}, {errors.max():.4f})"
+            for errors in (each.searched, each.own)
+        )
+        ratio = f"{each.ratio:.2f} ({ratios.min():.2f}, {ratios.max():.2f})"
+        lines.append(f"{each.num_steps:5}  {searched:26}{theirs:26}{ratio:20}{each.wins} of {len(ratios)}")
+    return "\n".join(lines)
+
+
+def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+    class_name = DiffusionPipeline.load_config(name).get("_class_name")
+    pipe = getattr(pipelines, str(class_name), DiffusionPipeline).from_pretrained(name, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+
+
+def _calls(pipe: DiffusionPipeline, options: argparse.Namespace) -> list[dict]:
+    """Keyword arguments of the pipeline's call for each sample."""
+    takes = inspect.signature(type(pipe).__call__).parameters
+    given, varied = dict(options.call_kwargs), {}
+    if options.guidance_scale is not None:
+        given["guidance_scale"] = options.guidance_scale
+    if options.prompts:
+        varied["prompt"] = options.prompts
+    elif "prompt" in takes and "prompt" not in given:
+        raise ValueError(f"{type(pipe).__name__} draws what it is told. Pass prompts with --prompts.")
+    if options.class_labels or "class_labels" in takes and "class_labels" not in given:
+        varied["class_labels"] = [[label] for label in _labels(pipe, options.class_labels, options.num_samples)]
+    for key in (*given, *varied):
+        if key not in takes:
+            raise ValueError(f"{type(pipe).__name__} takes no `{key}`, but {', '.join([*takes][1:])}.")
+    return [
+        {**given, **{key: values[k % len(values)] for key, values in varied.items()}}
+        for k in range(options.num_samples)
+    ]
+
+
+def _labels(pipe: DiffusionPipeline, chosen: Sequence[str] | None, count: int) -> list[int]:
+    """Ids of classes: those that are chosen, or `count` from among all."""
+    known = getattr(pipe, "labels", {})
+    if chosen is None:
+        ids = sorted({*known.values()})
+        if not ids:
+            raise ValueError(f"{type(pipe).__name__} does not say which classes there are. Pass --class-labels.")
+        return [ids[k * len(ids) // count] for k in range(count)]
+    for label in chosen:
+        if not label.isdecimal() and label not in known:
+            raise ValueError(
+                f"There is no class '{label}', but {', '.join([*known][:10]) or 'none by name'}. Pass ids."
+            )
+    return [int(label) if label.isdecimal() else known[label] for label in chosen]
+
+
+def _search_command(options: argparse.Namespace, counts: Sequence[str]) -> str:
+    """What searches a solver with the same conditions."""
+    command = ["accelerate", "launch", "search/run.py", "--pipeline", options.pipeline, "--num-steps", *counts]
+    if options.guidance_scale is not None:
+        command += ["--guidance-scale", f"{options.guidance_scale:g}"]
+    if options.class_labels:
+        command += ["--class-labels", *options.class_labels]
+    if options.prompts:
+        command += ["--prompts", *options.prompts]
+    if options.call_kwargs:
+        command += ["--call-kwargs", json.dumps(options.call_kwargs)]
+    return shlex.join([*command, "--output-dir", "OUT"])
