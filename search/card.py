@@ -18,14 +18,26 @@ from .evaluate import is_diffusers_scheduler
 
 
 TEMPLATE = "card_template.md"
-IMAGES = "images.png"
+CARD, IMAGES = "README.md", "images.png"
 # What would be more than itself in Markdown or HTML, wherever in a line it stands.
 MARKUP = re.compile(r"[\\`*_\[\]{}<>#!|&~$^:@]")
 
 
+def check_place(folder: Path) -> None:
+    """
+    Find before a search whether its card would overwrite what is not a card.
+
+    Raises:
+        ValueError: If there is a `README.md` that no search has written.
+    """
+    path = folder / CARD
+    if path.exists() and f"\n- {TAG}\n" not in path.read_text(errors="replace"):
+        raise ValueError(f"'{path}' is no search's and would be overwritten. Choose another --output-dir, or move it.")
+
+
 def write_card(folder: Path, name: str) -> None:
     """
-    Write the model card `README.md` beside the `report.json` that it is made from.
+    Write the model card, `README.md`, beside the `report.json` that it is made from.
 
     Args:
         folder: Where they are.
@@ -45,7 +57,7 @@ def write_card(folder: Path, name: str) -> None:
         eval_results=[each for n, rows in results.items() for each in _eval_results(n, rows, report)],
     )
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{_text(report, results, name, has_images)}")
-    write_whole(folder / "README.md", str(card).encode(errors="backslashreplace"))
+    write_whole(folder / CARD, str(card).encode(errors="backslashreplace"))
 
 
 def _eval_results(num_steps: int, rows: Sequence[Mapping], report: Mapping) -> list[EvalResult]:

@@ -17,10 +17,10 @@ from huggingface_hub.utils import validate_repo_id
 from diffusers_searched_solver import SearchedSolverScheduler
 from diffusers_searched_solver.serialization import SOLVER_FILE
 
-from .card import IMAGES, write_card
+from .card import CARD, IMAGES, write_card
 
 
-FILES = ("README.md", "report.json", "report.html", IMAGES, SearchedSolverScheduler.config_name, SOLVER_FILE)
+FILES = (CARD, "report.json", "report.html", IMAGES, SearchedSolverScheduler.config_name, SOLVER_FILE)
 
 
 class PublishError(RuntimeError):

@@ -23,6 +23,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from huggingface_hub import cached_assets_path
 
 from diffusers_searched_solver import SearchedSolver
+from search.card import check_place
 from search.estimate import estimate
 from search.field import FieldError, NetworkCalls
 from search.gradient import PAPER_RECIPE
@@ -114,6 +115,7 @@ def _defaults(what: str, name: str) -> str:
 def main(arguments: list[str] | None = None):
     """Load, search, measure, write."""
     args = parse_arguments(arguments)
+    check_place(args.output_dir)
     if args.push_to_hub is not None:
         check_target(args.push_to_hub)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 
 from diffusers_searched_solver import SearchedSolverScheduler, list_hub_solvers
 from diffusers_searched_solver.serialization import SOLVER_FILE
-from search.card import write_card
+from search.card import check_place, write_card
 from search.loading import hub_repository
 from search.publish import FILES, PublishError, check_target, publish
 from search.publish import main as publish_main
@@ -306,6 +306,15 @@ def test_a_name_that_is_no_repositorys_is_refused_before_the_search(repo_id, mes
     assert not any(tmp_path.iterdir())
 
 
+def test_a_readme_that_no_search_wrote_is_not_overwritten(folder, tmp_path):
+    check_place(folder)
+    check_place(tmp_path)
+    (tmp_path / "README.md").write_text("# Mine\n")
+    with pytest.raises(ValueError, match="README.md' is no search's and would be overwritten"):
+        main([*SEARCH, "--output-dir", str(tmp_path)])
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
 def test_nobody_is_logged_in_is_said_before_the_search(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
@@ -321,7 +330,16 @@ def test_a_search_whose_upload_is_refused_leaves_all_and_fails(hub, tmp_path):
     out = tmp_path / "out"
     smaller = ["--num-steps", "2", "--num-samples", "2", "--num-eval-samples", "2"]
     result = subprocess.run(
-        [sys.executable, ROOT / "search/run.py", *SEARCH, *smaller, "--push-to-hub", "org/unauthorised", "--output-dir", out],
+        [
+            sys.executable,
+            ROOT / "search/run.py",
+            *SEARCH,
+            *smaller,
+            "--push-to-hub",
+            "org/unauthorised",
+            "--output-dir",
+            out,
+        ],
         env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_wrong", "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
