@@ -31,8 +31,8 @@ class Journal:
         spent (`int`): Network calls of all processes for the outcomes so far, earlier runs included.
 
     Raises:
-        ValueError: If there is a journal but it was not to be resumed, it is damaged, or it is of other settings.
-        PermissionError: If there could be none.
+        ValueError: If there is a journal but it was not to be resumed, it is damaged, or it is of other settings; if
+            none can be written.
     """
 
     def __init__(self, calls: NetworkCalls, path: Path | None = None, settings: Mapping = {}, resume: bool = False):  # noqa: B006
@@ -46,7 +46,7 @@ class Journal:
     def _read(self, resume: bool) -> list[dict]:
         folder = next(parent for parent in self._path.parents if parent.exists())
         if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-            raise PermissionError(f"Nothing can be written in '{folder}'. Choose another --output-dir.")
+            raise ValueError(f"Nothing can be written in '{folder}'. Choose another --output-dir.")
         for aside in self._path.parent.glob(f".{self._path.name}.*"):
             aside.unlink()  # of a process that was killed as it wrote
         if not self._path.exists():

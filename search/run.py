@@ -23,7 +23,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from huggingface_hub import cached_assets_path
 
 from diffusers_searched_solver import SearchedSolver
-from search.card import check_place
 from search.estimate import estimate
 from search.field import FieldError, NetworkCalls
 from search.gradient import PAPER_RECIPE
@@ -62,7 +61,7 @@ DEFAULTS = {
     "gradient": {"num_samples": PAPER_RECIPE.num_samples, "teacher_steps": PAPER_RECIPE.teacher_steps},
 }
 STOPPED = 128 + signal.SIGTERM
-GO_ON = "What was found so far is in the output folder: go on with --resume."
+GO_ON = "What was found so far is in --output-dir: go on with --resume."
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -115,7 +114,6 @@ def _defaults(what: str, name: str) -> str:
 def main(arguments: list[str] | None = None):
     """Load, search, measure, write."""
     args = parse_arguments(arguments)
-    check_place(args.output_dir)
     if args.push_to_hub is not None:
         check_target(args.push_to_hub)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -179,8 +177,8 @@ if __name__ == "__main__":
         print(f"Stopped. {GO_ON}", file=sys.stderr)
         sys.exit(STOPPED)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {error} Lower --batch-size or --num-samples, or use more processes.")
+        sys.exit(f"error: {error}\nLower --batch-size or --num-samples, or use more processes.")
     except (LostProcessError, OSError) as error:
-        sys.exit(f"error: {error} Once this is put right: {GO_ON}")
+        sys.exit(f"error: {error}\nThis has to be put right first. {GO_ON}")
     except (ValueError, FieldError, PublishError) as error:
         sys.exit(f"error: {error}")

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 from kill_search import OPTIONS, PIPELINE, RUN, Search, check_whole, kill_and_go_on
 from safetensors.torch import load_file, save_file
 
@@ -47,6 +48,12 @@ def assert_refused(search: Search, *words: str):
         assert each in search.log
 
 
+def change_weights(pipeline, name, change):
+    (path,) = (pipeline / "transformer").glob("*.safetensors")
+    weights = load_file(path)
+    save_file({**weights, name: change(weights[name])}, path)
+
+
 def test_a_search_that_is_killed_five_times_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
     found, seconds = undisturbed
     assert kill_and_go_on(tmp_path, 5, random.Random(0), seconds) == found
@@ -77,7 +84,7 @@ def test_a_stopped_search_leaves_the_best_solver_so_far(undisturbed, tmp_path, n
     search = Search(tmp_path).wait_for(moment)
     os.kill(search.processes[0].pid, number)
     assert search.wait(10) == [143]
-    assert "Stopped. What was found so far is in the output folder: go on with --resume." in search.log
+    assert "Stopped. What was found so far is in --output-dir: go on with --resume." in search.log
     assert "Traceback" not in search.log
     check_whole(search.out)
     SearchedSolverScheduler.from_pretrained(search.out).set_timesteps(3)
@@ -148,12 +155,34 @@ def test_a_search_goes_on_with_its_own_network_alone(tmp_path, options):
     pipeline = shutil.copytree(PIPELINE, tmp_path / "pipeline")
     options = ["--pipeline", pipeline, *options]
     Search(tmp_path, *options).wait_for_solver().kill()
-    (path,) = (pipeline / "transformer").glob("*.safetensors")
-    weights = load_file(path)
-    weights["x_embedder.proj.weight"] *= 1.001
-    save_file(weights, path)
+    change_weights(pipeline, "x_embedder.proj.weight", lambda weight: 1.001 * weight)
     search = Search(tmp_path, *options, "--resume")
     assert_refused(search, "was begun with another network, or on another kind of machine")
+
+
+def test_a_condition_that_gives_nan_is_named_and_ends_the_other_process_too(tmp_path):
+    pipeline = shutil.copytree(PIPELINE, tmp_path / "pipeline")
+    lost = torch.arange(11)[:, None] == 3
+    change_weights(pipeline, "y_embedder.embedding_table.weight", lambda weight: weight.where(~lost, torch.nan))
+    search = Search(tmp_path, "--pipeline", pipeline, num_processes=2)
+    assert search.wait(30) == [1, 1]
+    assert "error: The teacher's end point for seed 3 with class_labels=[3] is not finite." in search.log
+    assert "error: Another process of the search has ended; it may have said why." in search.log
+    assert not search.out.exists()
+
+
+def test_memory_that_runs_out_for_the_derivatives_is_said(tmp_path):
+    search = Search(tmp_path, prepare=spend_memory)
+    assert_refused(search, "no more memory", "Lower --batch-size or --num-samples, or use more processes.")
+
+
+def spend_memory():
+    """In place of what takes more of it than the network's calls."""
+
+    def einsum(*args):
+        raise torch.OutOfMemoryError("no more memory")
+
+    torch.einsum = einsum
 
 
 def test_without_resume_what_was_begun_is_not_thrown_away(begun):
