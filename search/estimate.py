@@ -112,13 +112,16 @@ def _searched(family: SolverFamily, times_only: bool) -> list[Entry]:
 
 def _measuring_evaluations(pipe: DiffusionPipeline, args: argparse.Namespace) -> int:
     """Evaluations of one sample that `measure` makes."""
-    evaluations = EVALUATION_TEACHER * args.teacher_steps * (TUNING_SAMPLES + args.num_eval_samples)
+    samples = TUNING_SAMPLES + args.num_eval_samples + args.image_metrics
+    evaluations = EVALUATION_TEACHER * args.teacher_steps * samples
     families = diffusers_schedulers(pipe.scheduler.config)
     process = process_from_config(pipe.scheduler.config)
     for num_steps in args.num_steps:
         tables = classical_solvers(process, num_steps)
         settings = len(tables) + sum(len(settings) for settings in families.values())
         evaluations += num_steps * (TUNING_SAMPLES * settings + args.num_eval_samples * (len(families) + 2))
+        # To decode an image ends a call of the pipeline, and the next one has to be opened.
+        evaluations += (num_steps + 1) * args.image_metrics * (len(families) + 2)
     return evaluations
 
 

@@ -14,6 +14,8 @@ from .rollout import Batch, rollout, root_mean_square, sample_errors
 
 
 BOOTSTRAP_DRAWS = 2000
+# From a field to where a solver ends.
+Sampler = Callable[[PipelineField], torch.Tensor]
 
 
 def compare(
@@ -35,7 +37,7 @@ def compare(
         `ratio` of the searched error to this, with its `ratio_interval`.
     """
     num_steps, process = solver.num_steps, process_from_config(scheduler_config)
-    searched = _errors(evaluation, lambda field: rollout(field, solver).end)
+    searched = _errors(evaluation, _sampler(solver))
     rows = [_row("searched", "", searched)]
     for family, settings in _families(scheduler_config, process, num_steps).items():
         best = min(settings, key=lambda name: root_mean_square(_errors(tuning, settings[name])))
@@ -44,7 +46,14 @@ def compare(
     return sorted(rows, key=lambda row: row["endpoint_error"])
 
 
-def _errors(batches: Sequence[Batch], run: Callable[[PipelineField], torch.Tensor]) -> torch.Tensor:
+def samplers(solver: SearchedSolver, scheduler_config: Mapping, rows: Sequence[Mapping]) -> dict[str, Sampler]:
+    """The searched solver and each baseline at its best setting, by the names in rows of `compare`."""
+    families = _families(scheduler_config, process_from_config(scheduler_config), solver.num_steps)
+    families["searched"] = {"": _sampler(solver)}
+    return {row["solver"]: families[row["solver"]][row["setting"]] for row in rows}
+
+
+def _errors(batches: Sequence[Batch], run: Sampler) -> torch.Tensor:
     """The error of every sample of all processes at the end of a run, one after another."""
     errors = []
     for batch in batches:
@@ -56,13 +65,8 @@ def _errors(batches: Sequence[Batch], run: Callable[[PipelineField], torch.Tenso
     return torch.cat(gather(batches, errors))
 
 
-def _families(
-    scheduler_config: Mapping, process: NoiseProcess, num_steps: int
-) -> dict[str, dict[str, Callable[[PipelineField], torch.Tensor]]]:
-    """For each baseline and setting, a function from a field to where it ends."""
-
-    def of_table(table: SearchedSolver):
-        return lambda field: rollout(field, table).end
+def _families(scheduler_config: Mapping, process: NoiseProcess, num_steps: int) -> dict[str, dict[str, Sampler]]:
+    """Each baseline at every setting."""
 
     def of_scheduler(scheduler):
         return lambda field: run_scheduler(field, scheduler, num_steps)
@@ -72,7 +76,11 @@ def _families(
         for name, settings in diffusers_schedulers(scheduler_config).items()
     }
     tables = classical_solvers(process, num_steps)
-    return {**families, "classical table": {name: of_table(table) for name, table in tables.items()}}
+    return {**families, "classical table": {name: _sampler(table) for name, table in tables.items()}}
+
+
+def _sampler(solver: SearchedSolver) -> Sampler:
+    return lambda field: rollout(field, solver).end
 
 
 def _row(solver: str, setting: str, errors: torch.Tensor) -> dict:

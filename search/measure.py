@@ -11,8 +11,10 @@ from diffusers_searched_solver import SearchedSolver, process_from_config
 
 from .baselines import classical_solvers
 from .cache import TeacherCache
-from .evaluate import compare, format_table
+from .evaluate import compare, format_table, samplers
+from .feature_network import FeatureNetwork
 from .field import NetworkCalls
+from .image_metrics import format_metrics, measure_images
 from .processes import quiet
 from .rollout import Batch, rollout, root_mean_square, sample_errors
 from .strategy import EVALUATION_SEEDS, TUNING_SEEDS, split_seeds
@@ -31,12 +33,19 @@ TEACHER_SHARE = 0.1
 
 
 def measure(
-    pipe: DiffusionPipeline, conditions: list[dict], solvers: dict[int, SearchedSolver], args: argparse.Namespace
+    pipe: DiffusionPipeline,
+    conditions: list[dict],
+    solvers: dict[int, SearchedSolver],
+    args: argparse.Namespace,
+    network: FeatureNetwork | None = None,
 ) -> dict:
     """
     The `evaluation` of a report: rows of `compare` and of `compare_trajectories` for each step count, also printed.
 
     Every process measures its part of the samples; the trajectories are the main process's alone.
+
+    Args:
+        network (*optional*): What `measure_images` compares images by, which is left out otherwise.
     """
     teacher_steps = EVALUATION_TEACHER * args.teacher_steps
     results, trajectories = {}, {}
@@ -67,9 +76,15 @@ def measure(
             progress.set_description("evaluation, the teacher's trajectory")
             found["teacher_error"] = _teacher_error(evaluation[0], args.teacher_steps, results)
             trajectories = _trajectories(pipe, solvers, results, evaluation[0], teacher_steps)
+        for batch in [*tuning, *evaluation]:
+            batch.field.close()
+        if network is not None:
+            progress.set_description(f"evaluation, {args.image_metrics} images of every solver")
+            rivals = {n: samplers(solver, pipe.scheduler.config, results[str(n)]) for n, solver in solvers.items()}
+            found["image_metrics"] = measure_images(pipe, conditions, rivals, network, teacher_steps, args, calls)
+            for num_steps, rows in found["image_metrics"].get("results", {}).items():
+                progress.write(f"\n{num_steps} steps, {args.image_metrics} images\n{format_metrics(rows)}")
         calls.remove()
-    for batch in [*tuning, *evaluation]:
-        batch.field.close()
     return {**found, "trajectories": trajectories}
 
 

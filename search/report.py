@@ -16,11 +16,14 @@ from diffusers_searched_solver.serialization import SOLVER_FILE
 
 from .charts import Axis, Chart, Line
 from .evaluate import is_diffusers_scheduler
+from .image_metrics import COLUMNS
 from .images import ERROR_GAIN, SampleImages, error_images
 from .trajectory import CLASSICAL_ORDER, with_classical_coefficients
 
 
 TEMPLATE = "report_template.html"
+# Metrics of images, two in a column where a phone would have no room for more.
+METRIC_COLUMNS = (("psnr", "ssim"), ("fid", "kid"), ("inception_score", None), ("precision", "recall"))
 # Of an image in the report, in pixels.
 MAX_TILE = 256
 # Of the errors in one chart, from the smallest to the greatest.
@@ -45,7 +48,8 @@ def write_report(folder: Path, images: SampleImages | None = None) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "signed": _signed, "sha256": _sha256}
+    filters = {"number": _number, "signed": _signed, "sha256": _sha256, "metric_title": COLUMNS.get}
+    environment.filters |= filters
     html = environment.get_template(TEMPLATE).render(
         report=report,
         results=results,
@@ -55,6 +59,7 @@ def write_report(folder: Path, images: SampleImages | None = None) -> None:
         process=file.process,
         details={n: _details(file.solvers[n], file.process, report) for n in results},
         classical_order=CLASSICAL_ORDER,
+        metric_columns=METRIC_COLUMNS,
     )
     (folder / "report.html").write_text(html, encoding="utf-8")
 

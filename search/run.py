@@ -23,9 +23,12 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from huggingface_hub import cached_assets_path
 
 from diffusers_searched_solver import SearchedSolver
+from search.card import check_place
 from search.estimate import estimate
+from search.feature_network import INCEPTION
 from search.field import FieldError, NetworkCalls
 from search.gradient import PAPER_RECIPE
+from search.image_metrics import load_feature_network
 from search.journal import Journal
 from search.loading import NAMES, build_conditions, hub_repository, load_pipeline, takes_guidance
 from search.measure import measure
@@ -77,6 +80,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--call-kwargs", type=json.loads, default={}, help="further arguments of the pipeline's call, as JSON")
     add("--num-samples", type=int, help=_defaults("noises to fit", "num_samples"))
     add("--num-eval-samples", type=int, default=256, help="held-out noises to measure on (default: 256)")
+    add("--image-metrics", type=int, default=0, metavar="N", help="images of each solver to measure (default: none)")
+    add(
+        "--feature-network",
+        default=INCEPTION,
+        help="for their FID, KID and so on: inception, none, a Python file with a function `feature_network`, or a "
+        f"TorchScript file (default: {INCEPTION})",
+    )
+    add("--reference-images", type=Path, help="a folder of what images should be like (default: the teacher's)")
     add("--teacher-steps", type=int, help=_defaults("of the teacher", "teacher_steps"))
     add("--fitter", choices=DEFAULTS, default="gauss-newton", help="gradient is the paper's (default: gauss-newton)")
     add("--iterations", type=int, default=ITERATIONS, help=f"over all noises to fit (default: {ITERATIONS})")
@@ -114,6 +125,7 @@ def _defaults(what: str, name: str) -> str:
 def main(arguments: list[str] | None = None):
     """Load, search, measure, write."""
     args = parse_arguments(arguments)
+    check_place(args.output_dir)
     if args.push_to_hub is not None:
         check_target(args.push_to_hub)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -129,6 +141,7 @@ def main(arguments: list[str] | None = None):
     check_settings(args.num_steps, conditions, args.num_samples, args.teacher_steps, args.batch_size)
     if args.num_eval_samples < 2:
         raise ValueError(f"`--num-eval-samples` is {args.num_eval_samples}, expected at least 2.")
+    network = load_feature_network(pipe, conditions[0], args)
     if args.dry_run:
         print(estimate(pipe, conditions, args))
         return
@@ -139,7 +152,7 @@ def main(arguments: list[str] | None = None):
     memory = inference_memory(pipe, conditions[0], args.batch_size)
     search = run_search(pipe, conditions, args, calls, journal, solvers)
     search["peak_memory_over_inference"] = peak_memory(accelerator.device) / memory
-    evaluation = measure(pipe, conditions, solvers, args)
+    evaluation = measure(pipe, conditions, solvers, args, network)
     if accelerator.is_main_process:
         report = {
             "command": shlex.join(["accelerate", "launch", "search/run.py", *(arguments or sys.argv[1:])]),

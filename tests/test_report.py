@@ -62,7 +62,8 @@ def folder(tmp_path_factory):
     """What a small search wrote."""
     out = tmp_path_factory.mktemp("report") / "out"
     options = "--num-steps 2 4 --num-samples 4 --num-eval-samples 8 --teacher-steps 8 --guidance-scale 2"
-    main(["--pipeline", str(ROOT / "examples" / "digits-sit"), *options.split(), "--output-dir", str(out)])
+    metrics = ["--image-metrics", "8", "--feature-network", str(ROOT / "examples" / "digits_features.py")]
+    main(["--pipeline", str(ROOT / "examples" / "digits-sit"), *options.split(), *metrics, "--output-dir", str(out)])
     return out
 
 
@@ -219,6 +220,14 @@ def test_the_tables_hold_the_numbers_of_the_report(page, report):
             for value in (row["endpoint_error"], *row["error_interval"], row["median_error"]):
                 assert f"{value:#.3g}" in text
             assert row["solver"] in text and row["setting"] in text
+    for num_steps, rows in report["evaluation"]["image_metrics"]["results"].items():
+        text = browser.find_element(By.CSS_SELECTOR, f"#metrics [data-steps='{num_steps}']").get_attribute(
+            "textContent"
+        )
+        assert rows[-1]["solver"] == "teacher"
+        for row in rows:
+            assert row.pop("solver") in text
+            assert all(f"{value:#.3g}".removesuffix(".") in text for value in row.values())
     text = browser.find_element(By.TAG_NAME, "main").get_attribute("textContent")
     assert report["command"] in text
     assert f"{report['search']['cost_with_teacher']['4']['network_calls']:,}" in text
@@ -233,6 +242,9 @@ def test_what_others_wrote_is_text_and_nothing_else(page, folder, tmp_path, atta
         next(row for row in rows if is_diffusers_scheduler(row)).update(solver=attack, setting=attack)
     report.update(pipeline=attack, pipeline_class=attack, guidance_scale=attack, command=f"run.py --prompts {attack}")
     report["versions"][attack] = attack
+    report["evaluation"]["image_metrics"].update(feature_network=attack, reference=attack)
+    for rows in report["evaluation"]["image_metrics"]["results"].values():
+        rows[0].update(solver=attack)
     (evil / "report.json").write_text(json.dumps(report))
     black = [Image.new("RGB", (300, 200))]
     images = SampleImages([attack], 16, black, {2: {attack: black, "searched": black}})

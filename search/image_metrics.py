@@ -1,0 +1,232 @@
+"""Image metrics of samplers side by side: images stream by, shared out to the processes; only features are kept."""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from .evaluate import Sampler
+from .feature_network import FeatureNetwork
+from .field import FieldError, NetworkCalls, PipelineField
+from .metrics import MIN_IMAGES, distribution_metrics, inception_score, similarity
+from .processes import gather, share
+from .rollout import Batch
+from .strategy import EVALUATION_SEEDS, split_seeds
+from .teacher import count_batches, stream_batches
+
+
+COLUMNS = {
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "fid": "FID",
+    "kid": "KID",
+    "inception_score": "IS",
+    "precision": "precision",
+    "recall": "recall",
+}
+TEACHER, REFERENCE = "teacher", "reference"
+FILES_AT_A_TIME = 32
+
+
+def load_feature_network(
+    pipe: DiffusionPipeline, condition: Mapping, args: argparse.Namespace
+) -> FeatureNetwork | None:
+    """
+    The network that the command line names, if it asks for image metrics.
+
+    Raises:
+        ValueError: If images could not be measured when the search is finished.
+    """
+    if not args.image_metrics:
+        return None
+    if args.image_metrics < MIN_IMAGES:
+        raise ValueError(f"`--image-metrics` is {args.image_metrics}, expected 0 or at least {MIN_IMAGES} images.")
+    network = FeatureNetwork(args.feature_network, pipe.device)
+    if args.reference_images is not None:
+        network(_read_images(_files(args.reference_images)[:1]))
+    calls = NetworkCalls(pipe)
+    try:
+        field = PipelineField(pipe, _for_arrays(condition), [0], calls)
+        network(_images(field, field.noise))
+    except FieldError as error:
+        raise ValueError(f"`--image-metrics` needs images. {error}") from error
+    finally:
+        calls.remove()
+    return network
+
+
+def measure_images(
+    pipe: DiffusionPipeline,
+    conditions: Sequence[Mapping],
+    samplers: Mapping[int, Mapping[str, Sampler]],
+    network: FeatureNetwork,
+    teacher_steps: int,
+    args: argparse.Namespace,
+    calls: NetworkCalls,
+) -> dict:
+    """
+    How like the teacher's images from the same noises they are, and how near all of them to the reference.
+
+    The main process gets all features in the order of the noises, so the numbers have the same bits on any number of
+    processes.
+
+    Args:
+        conditions: Keyword arguments of the pipeline's calls, used in turn.
+        samplers: What to measure, by number of steps and name.
+        args: The command line: `image_metrics`, how many images; `reference_images`, a folder, or None for the
+            teacher's; `batch_size`; `seed`; and `output_dir`, where features lie in the meantime, 8 KB an image for
+            Inception.
+
+    Returns:
+        On the main process `num_samples`, `feature_network`, `reference` and `results`, by number of steps a row of
+        metrics for each sampler and the teacher. Elsewhere nothing.
+    """
+    conditions = [_for_arrays(condition) for condition in conditions]
+    seeds = split_seeds(args.seed, EVALUATION_SEEDS, args.image_metrics)
+    contenders = {(n, name): sampler for n, of_steps in samplers.items() for name, sampler in of_steps.items()}
+    stream = stream_batches(pipe, conditions, seeds, args.batch_size, teacher_steps, calls)
+    rows = _Rows(args.output_dir)
+    num_batches = count_batches(conditions, args.image_metrics, args.batch_size)
+    for described in _in_order(stream, num_batches, lambda batch: _describe(batch, contenders, network)):
+        rows.append(described)
+    if args.reference_images is not None:
+        chunks = _chunks(args.reference_images)
+        read = iter([[chunk] for chunk in share(chunks)])
+        for described in _in_order(read, len(chunks), lambda chunk: {REFERENCE: network(_read_images(chunk.files))}):
+            rows.append(described)
+    if not PartialState().is_main_process:
+        return {}
+    reference = TEACHER if args.reference_images is None else REFERENCE
+    metrics = {key: rows.metrics(key, reference, pipe.device) for key in (TEACHER, *contenders)}
+    results = {}
+    for n, of_steps in samplers.items():
+        results[str(n)] = [{"solver": name, **metrics[n, name]} for name in of_steps]
+        results[str(n)] += [{"solver": TEACHER, **metrics[TEACHER]}] if metrics[TEACHER] else []
+    return {
+        "num_samples": args.image_metrics,
+        "feature_network": args.feature_network,
+        "reference": f"the teacher's of {teacher_steps} steps" if reference == TEACHER else str(args.reference_images),
+        "results": results,
+    }
+
+
+def _in_order(stream: Iterator[list], num_parts: int, describe: Callable[[Any], dict]) -> Iterator[dict]:
+    """What is said of every process's parts of the work, round by round, in the order of `part.index`."""
+    for _ in range(-(-num_parts // PartialState().num_processes)):
+        parts = next(stream, [])
+        yield from gather(parts, [describe(part) for part in parts])
+
+
+def _describe(batch: Batch, contenders: Mapping[Hashable, Sampler], network: FeatureNetwork) -> dict[Hashable, dict]:
+    """Of every sampler's images from one batch of noises: likeness to the teacher's, features, logits."""
+    goals = _images(batch.field, batch.target)
+    described = {TEACHER: network(goals)}
+    for key, sampler in contenders.items():
+        images = _images(batch.field, sampler(batch.field))
+        described[key] = {**similarity(images, goals), **network(images)}
+    batch.field.close()
+    return described
+
+
+class _Rows:
+    """
+    What is said of the images of each sampler: on disk, because 50,000 Inception features take 400 MB.
+
+    Args:
+        folder (`Path`): Where files without a name are made, which are gone when this is.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._files: dict[Hashable, dict[str, tuple[Any, torch.Size]]] = {}
+
+    def append(self, described: Mapping[Hashable, Mapping[str, torch.Tensor]]):
+        if not PartialState().is_main_process:
+            return
+        for key, values in described.items():
+            files = self._files.setdefault(key, {})
+            for name, rows in values.items():
+                if name not in files:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    files[name] = tempfile.TemporaryFile(dir=self._folder), rows.shape[1:]
+                files[name][0].write(rows.float().numpy().tobytes())
+
+    def _read(self, key: Hashable, name: str) -> torch.Tensor:
+        file, shape = self._files[key][name]
+        file.seek(0)
+        return torch.from_numpy(np.fromfile(file, np.float32)).reshape(-1, *shape)
+
+    def metrics(self, key: Hashable, reference: Hashable, device: torch.device) -> dict[str, float]:
+        """All metrics of a sampler's images, as far as there is something to compute them from."""
+        files = self._files[key]
+        metrics = {name: float(self._read(key, name).double().mean()) for name in ("psnr", "ssim") if name in files}
+        logits = self._read(key, "logits") if "logits" in files else None
+        if "features" in files and key != reference:
+            features, others = self._read(key, "features"), self._read(reference, "features")
+            metrics |= distribution_metrics(features, others, device)
+        return metrics if logits is None else {**metrics, "inception_score": inception_score(logits)}
+
+
+def _for_arrays(condition: Mapping) -> dict:
+    """Keyword arguments for images as numbers and not rounded."""
+    return {**condition, "output_type": "np"}
+
+
+def _images(field: PipelineField, end: torch.Tensor) -> torch.Tensor:
+    """The images (n, channels, h, w), in [0, 1], that a state decodes to."""
+    images = getattr(field.finish(end), "images", None)
+    if not isinstance(images, np.ndarray) or images.ndim != 4:
+        raise FieldError(f"{type(field.pipe).__name__} makes none with these arguments.")
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float()
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some files of the reference, and their place among all."""
+
+    index: tuple[int, ...]
+    files: list[Path]
+
+
+def _chunks(folder: Path) -> list[_Chunk]:
+    files = _files(folder)
+    starts = range(0, len(files), FILES_AT_A_TIME)
+    return [_Chunk((start,), files[start : start + FILES_AT_A_TIME]) for start in starts]
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in Image.registered_extensions())
+    if len(files) < MIN_IMAGES:
+        raise ValueError(f"`--reference-images` {folder} has {len(files)} images, expected at least {MIN_IMAGES}.")
+    return files
+
+
+def _read_images(files: Sequence[Path]) -> torch.Tensor:
+    """Images (n, 3, h, w) in [0, 1]."""
+    images = []
+    for path in files:
+        images.append(np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255)
+        if images[-1].shape != images[0].shape:
+            raise ValueError(
+                f"'{path}' has {images[-1].shape[1]} x {images[-1].shape[0]} pixels, '{files[0]}' "
+                f"{images[0].shape[1]} x {images[0].shape[0]}. Crop and scale the reference images to one size."
+            )
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def format_metrics(rows: Sequence[Mapping]) -> str:
+    """Rows of metrics as a table for the terminal."""
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    lines = [f"{'solver':18}" + "".join(f"{COLUMNS[name]:>11}" for name in columns)]
+    for row in rows:
+        values = (f"{row[name]:11.4g}" if name in row else f"{'':11}" for name in columns)
+        lines.append(f"{row['solver']:18}" + "".join(values))
+    return "\n".join(lines)
