@@ -186,12 +186,17 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         return loaded
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
-        """diffusers' reader of configs, which may come from anywhere: refuse what is no scheduler's config."""
+    def _dict_from_json_file(cls, json_file: str | os.PathLike, **kwargs) -> dict:
+        """
+        diffusers' reader of configs, which may come from anywhere: refuse what is no scheduler's config.
+
+        Args:
+            kwargs: Before version 0.42 diffusers passes `dduf_entries`.
+        """
         if os.path.getsize(json_file) > MAX_BYTES:
             raise ValueError(f"'{json_file}' has {os.path.getsize(json_file)} bytes, a config at most {MAX_BYTES}.")
         try:
-            config = super()._dict_from_json_file(json_file)
+            config = super()._dict_from_json_file(json_file, **kwargs)
         except RecursionError as error:
             raise ValueError(f"'{json_file}' is nested too deeply for a config.") from error
         if not isinstance(config, dict):
