@@ -28,21 +28,15 @@ def write_results(
     solvers: Mapping[int, SearchedSolver],
     report: Mapping,
     output_dir: Path,
+    provenance: Mapping[str, str] | None = None,
 ) -> None:
-    """Write everything, and say how to use it."""
-    errors = {
-        n: next(row["endpoint_error"] for row in rows if row["solver"] == "searched")
-        for n, rows in report["evaluation"]["results"].items()
-    }
-    provenance = {
-        "base_model": report["pipeline"],
-        "license": report["license"],
-        "guidance_scale": str(report["guidance_scale"] or "the pipeline's default"),
-        "fitter": report["search"]["fitter"],
-        "teacher": f"{report['search']['teacher_steps']} steps",
-        "endpoint_errors": json.dumps(errors),
-    }
-    scheduler = _scheduler(pipe, solvers, provenance)
+    """
+    Write everything, and say how to use it.
+
+    Args:
+        provenance (*optional*): Of solvers that no search has found here. They get no model card.
+    """
+    scheduler = _scheduler(pipe, solvers, _provenance(report) if provenance is None else provenance)
     images = _draw_images(pipe, scheduler, conditions, report)
     with _published(output_dir) as aside:
         scheduler.save_pretrained(aside)
@@ -50,9 +44,26 @@ def write_results(
         if images is not None:
             image_grid(images).save(aside / IMAGES)
         write_report(aside, images)
-        write_card(aside, str(output_dir))
+        if "search" in report:
+            write_card(aside, str(output_dir))
     print(f"\nWrote {output_dir}. Use it with\n  from diffusers_searched_solver import SearchedSolverScheduler")
     print(f"  pipe.scheduler = SearchedSolverScheduler.from_pretrained({str(output_dir)!r})")
+
+
+def _provenance(report: Mapping) -> dict[str, str]:
+    """How solvers came to be, as their file says it."""
+    errors = {
+        n: next(row["endpoint_error"] for row in rows if row["solver"] == "searched")
+        for n, rows in report["evaluation"]["results"].items()
+    }
+    return {
+        "base_model": report["pipeline"],
+        "license": report["license"],
+        "guidance_scale": str(report["guidance_scale"] or "the pipeline's default"),
+        "fitter": report["search"]["fitter"],
+        "teacher": f"{report['search']['teacher_steps']} steps",
+        "endpoint_errors": json.dumps(errors),
+    }
 
 
 def write_solvers(

@@ -19,11 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from diffusers import DiffusionPipeline
 from huggingface_hub import cached_assets_path
 
-from diffusers_searched_solver import SearchedSolver
 from search.card import check_place
+from search.earlier import earlier_results
 from search.estimate import estimate
 from search.feature_network import INCEPTION
 from search.field import FieldError, NetworkCalls
@@ -63,6 +64,7 @@ DEFAULTS = {
     "gauss-newton": {"num_samples": NUM_SAMPLES, "teacher_steps": TEACHER_STEPS},
     "gradient": {"num_samples": PAPER_RECIPE.num_samples, "teacher_steps": PAPER_RECIPE.teacher_steps},
 }
+NUM_STEPS = [5, 8, 10]
 STOPPED = 128 + signal.SIGTERM
 GO_ON = "What was found so far is in --output-dir: go on with --resume."
 
@@ -72,7 +74,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pipeline", required=True, help=f"a folder, a Hub repository, or one of {', '.join(NAMES)}")
-    add("--num-steps", type=int, nargs="+", default=[5, 8, 10], help="step counts to search (default: 5 8 10)")
+    add("--num-steps", type=int, nargs="+", help="step counts (default: 5 8 10, or those of the solver to evaluate)")
     add("--output-dir", type=Path, required=True, help="where the solver, the report and the images go")
     add("--class-labels", nargs="+", help="ids or names (default: all that the pipeline knows)")
     add("--prompts", nargs="+", help="prompts, used in turn")
@@ -101,6 +103,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--mixed-precision", choices=DTYPES, default="no", help="dtype of the networks (default: no, float32)")
     add("--seed", type=int, default=0, help="of all noises (default: 0)")
     add("--resume", action="store_true", help="go on with the search that was begun in --output-dir, if there is one")
+    add("--evaluate-only", action="store_true", help="search nothing: measure the solver in --output-dir once more")
+    add("--solver", metavar="NAME", help="or this one: a folder, a bundled solver or a Hub repository")
     add("--dry-run", action="store_true", help="say what the search would cost, and stop")
     add("--cache-dir", type=Path, help="where the teacher's end points are kept (default: in the Hugging Face cache)")
     add("--push-to-hub", metavar="ORG/NAME", help="upload the solver, its model card and the report when finished")
@@ -108,6 +112,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if not isinstance(parsed.call_kwargs, dict):
         parser.error(f"--call-kwargs is {json.dumps(parsed.call_kwargs)}, expected a JSON object")
+    if parsed.evaluate_only and (parsed.resume or parsed.dry_run):
+        parser.error("--evaluate-only searches nothing: leave out --resume and --dry-run")
+    if parsed.solver is not None and (not parsed.evaluate_only or parsed.push_to_hub is not None):
+        parser.error("--solver is for --evaluate-only, and its results have no model card to push to the Hub")
+    if parsed.num_steps is None and not parsed.evaluate_only:
+        parsed.num_steps = NUM_STEPS
     for name, value in DEFAULTS[parsed.fitter].items():
         if getattr(parsed, name) is None:
             setattr(parsed, name, value)
@@ -138,6 +148,11 @@ def main(arguments: list[str] | None = None):
     if args.fitter == "gradient" and args.guidance_scale is None and takes_guidance(pipe):
         args.guidance_scale = 1.0
     conditions = build_conditions(pipe, args.class_labels, args.prompts, args.guidance_scale, args.call_kwargs)
+    command = shlex.join(["accelerate", "launch", "search/run.py", *(arguments or sys.argv[1:])])
+    report = _heading(pipe, conditions, args, command)
+    solvers, provenance = {}, None
+    if args.evaluate_only:
+        solvers, provenance, report = earlier_results(pipe, args, report)
     check_settings(args.num_steps, conditions, args.num_samples, args.teacher_steps, args.batch_size)
     if args.num_eval_samples < 2:
         raise ValueError(f"`--num-eval-samples` is {args.num_eval_samples}, expected at least 2.")
@@ -145,34 +160,38 @@ def main(arguments: list[str] | None = None):
     if args.dry_run:
         print(estimate(pipe, conditions, args))
         return
-    calls = NetworkCalls(pipe)
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"version": version("diffusers-searched-solver")}
-    journal = Journal(calls, args.output_dir / "journal.json", settings, args.resume)
-    solvers: dict[int, SearchedSolver] = {}
-    memory = inference_memory(pipe, conditions[0], args.batch_size)
-    search = run_search(pipe, conditions, args, calls, journal, solvers)
-    search["peak_memory_over_inference"] = peak_memory(accelerator.device) / memory
-    evaluation = measure(pipe, conditions, solvers, args, network)
+    journal = None
+    if not args.evaluate_only:
+        calls = NetworkCalls(pipe)
+        settings = {name: getattr(args, name) for name in SETTINGS} | {"version": version("diffusers-searched-solver")}
+        journal = Journal(calls, args.output_dir / "journal.json", settings, args.resume)
+        memory = inference_memory(pipe, conditions[0], args.batch_size)
+        report["search"] = run_search(pipe, conditions, args, calls, journal, solvers)
+        report["search"]["peak_memory_over_inference"] = peak_memory(accelerator.device) / memory
+    report["evaluation"] = {"command": command, **measure(pipe, conditions, solvers, args, network)}
     if accelerator.is_main_process:
-        report = {
-            "command": shlex.join(["accelerate", "launch", "search/run.py", *(arguments or sys.argv[1:])]),
-            "pipeline": args.pipeline,
-            "pipeline_class": type(pipe).__name__,
-            "base_model": hub_repository(args.pipeline),
-            "license": args.license,
-            "example": conditions[0],
-            "guidance_scale": args.guidance_scale,
-            "conditions": len(conditions),
-            "seed": args.seed,
-            "processes": accelerator.num_processes,
-            "versions": {name: version(name) for name in ("diffusers-searched-solver", "diffusers", "torch")},
-            "search": search,
-            "evaluation": evaluation,
-        }
-        write_results(pipe, conditions, solvers, report, args.output_dir)
-    journal.delete()
+        write_results(pipe, conditions, solvers, report, args.output_dir, provenance)
+    if journal is not None:
+        journal.delete()
     if args.push_to_hub is not None and accelerator.is_main_process:
         print(f"Uploaded to {publish(args.output_dir, args.push_to_hub)}")
+
+
+def _heading(pipe: DiffusionPipeline, conditions: list[dict], args: argparse.Namespace, command: str) -> dict:
+    """A report without what is found."""
+    return {
+        "command": command,
+        "pipeline": args.pipeline,
+        "pipeline_class": type(pipe).__name__,
+        "base_model": hub_repository(args.pipeline),
+        "license": args.license,
+        "example": conditions[0],
+        "guidance_scale": args.guidance_scale,
+        "conditions": len(conditions),
+        "seed": args.seed,
+        "processes": PartialState().num_processes,
+        "versions": {name: version(name) for name in ("diffusers-searched-solver", "diffusers", "torch")},
+    }
 
 
 def _stop(number, frame):
