@@ -33,8 +33,9 @@ class Fault:
     """
     What goes wrong with the next `times` requests whose "METHOD /path" holds `match`.
 
-    Kinds: a status code; "short", a body that ends early and claims to be whole; "cut", a connection that breaks in
-    the middle of the body; "stall", a body that pauses in the middle for `seconds`.
+    Kinds: a status code; "short", a body that ends early and claims to be whole; "garble", a body of the right length
+    with wrong bytes; "cut", a connection that breaks in the middle of the body; "stall", a body that pauses in the
+    middle for `seconds`.
     """
 
     match: str
@@ -132,6 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Headers and body, after the fault if there is one for bodies."""
         kind = self.fault.kind if self.fault and status < 300 and self.command == "GET" else None
         body = body[: len(body) // 2] if kind == "short" else body
+        body = bytes(255 - byte for byte in body) if kind == "garble" else body
         self.send_response(status)
         for name, value in dict(headers).items():
             if value is not None:

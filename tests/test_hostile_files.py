@@ -230,7 +230,7 @@ def test_noise_predictions_at_a_node_of_pure_noise_are_refused():
 CONFIGS = {
     "a list": ("[]", "holds a JSON list, expected an object"),
     "a number of ten thousand digits": ('{"shift": ' + "9" * 10**4 + "}", "integer string conversion"),
-    "deep nesting": ("[" * 10**5, "is nested too deeply for a config"),
+    "deep nesting": ("[" * 10**5, "cannot be read as JSON .*recursion"),
     "a key that is a method": ('{"get": 1}', "is no scheduler's config: `get` is 1"),
     "a key that is an argument": ('{"self": 1}', "is no scheduler's config: `self` is 1"),
     "a class that is no scheduler": ('{"_class_name": "StableDiffusionPipeline"}', "`_class_name` is 'StableDiff"),

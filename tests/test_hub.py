@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -258,11 +260,11 @@ def test_a_cached_config_without_its_solver_is_no_classical_scheduler(request, h
 
 
 ALWAYS = {
-    "no such repository": ("org/none", {}, "'org/none'.*not a valid model identifier.*bundled solver"),
+    "no such repository": ("org/none", {}, "'org/none'.*Hub has no such repository.*bundled solver"),
     "no such revision": (REPO, {"revision": "v9"}, "v9 is not a valid git identifier"),
     "no such subfolder": (REPO, {"subfolder": "b"}, "does not appear to have a file named scheduler_config.json"),
-    "private without a token": ("org/private", {}, "not a valid model identifier.*token"),
-    "private with a wrong token": ("org/private", {"token": "hf_no"}, "not a valid model identifier.*token"),
+    "private without a token": ("org/private", {}, "no such repository, or not for you.*token"),
+    "private with a wrong token": ("org/private", {"token": "hf_no"}, "no such repository, or not for you.*token"),
     "gated without a token": ("org/gated", {}, "gated it. Ask for access at .*org/gated"),
     "gated and not on the list": ("org/gated", {"token": "hf_no"}, "gated it. Ask for access at .*org/gated"),
 }
@@ -281,11 +283,14 @@ PASSING = {
     "config 500": (CONFIG, 500, "did not answer. Try again"),
     "config 503": (CONFIG, 503, "did not answer. Try again"),
     "config 429": (CONFIG, 429, "did not answer. Try again"),
+    "config broken off": (f"GET /{REPO}/resolve/main/{CONFIG}", "cut", "the connection to the Hub broke.*Try again"),
     "config ends early": (f"GET /{REPO}/resolve/main/{CONFIG}", "short", "Can't load config"),
     "solver 500": (f"HEAD /{REPO}/resolve/COMMIT/{SOLVER}", 500, "did not answer. Try again"),
     "solver 503": (f"HEAD /{REPO}/resolve/COMMIT/{SOLVER}", 503, "did not answer. Try again"),
     "storage 503": ("GET /storage", 503, "503"),
     "storage forbidden": ("GET /storage", 403, "403"),
+    "storage 429": ("GET /storage", 429, "429 Too Many Requests"),
+    "solver broken off": ("GET /storage", "cut", "the connection to the Hub broke.*Try again"),
     "solver ends early": ("GET /storage", "short", "should be of size .* but has size"),
 }
 
@@ -317,6 +322,36 @@ def test_a_download_that_is_interrupted_goes_on(hub, online, cache, kind, second
     assert fault.times == 0
 
 
+def test_a_download_that_never_ends_is_given_up(hub, online, cache):
+    timeout = "setattr(sys.modules['huggingface_hub'].constants, 'HF_HUB_DOWNLOAD_TIMEOUT', {})  #"
+    online(timeout.format(0.3))
+    try:
+        with hub.fault("GET /storage", "stall", seconds=5):
+            with pytest.raises(ClientError, match=f"^OSError/.*'{REPO}'.*the connection to the Hub broke.*Try again"):
+                online("load", REPO, cache_dir=cache)
+    finally:
+        online(timeout.format(2))
+    assert online("load", REPO, cache_dir=cache) == "one"
+
+
+@pytest.mark.parametrize("name, error", [(CONFIG, "^OSError"), (SOLVER, "^SolverFileError")])
+def test_a_file_garbled_on_its_way_is_refused_until_it_is_fetched_anew(hub, online, cache, name, error):
+    with hub.fault("GET /storage" if name == SOLVER else f"GET /{REPO}/resolve", "garble"):
+        for _ in range(2):
+            with pytest.raises(ClientError, match=f"{error}/.*force_download=True"):
+                online("load", REPO, cache_dir=cache)
+    assert online("load", REPO, cache_dir=cache, force_download=True) == "one"
+
+
+def test_a_token_that_was_revoked_opens_no_more_than_the_cache(hub, online, cache, saved, monkeypatch):
+    hub.commit("org/private", saved(), access="private")
+    assert online("load", "org/private", token=TOKEN, cache_dir=cache) == "one"
+    monkeypatch.setattr("hub_server.TOKEN", "hf_another")
+    with pytest.raises(ClientError, match="^OSError/.*'org/private'.*token"):
+        online("load", "org/private", token=TOKEN, cache_dir=cache, force_download=True)
+    assert online("load", "org/private", local_files_only=True, cache_dir=cache) == "one"
+
+
 def test_a_slow_answer_is_waited_for(hub, online, cache):
     with hub.fault("GET /storage", "stall", seconds=0.5):
         assert online("load", REPO, cache_dir=cache) == "one"
@@ -341,6 +376,41 @@ def test_a_solver_that_was_damaged_in_the_cache_is_refused_and_fetched_anew_on_r
         online("load", REPO, cache_dir=cache)
     assert online("load", REPO, cache_dir=cache, force_download=True) == "one"
     assert online("load", REPO, cache_dir=cache) == "one"
+
+
+# Two processes and one cache
+
+
+@pytest.fixture(scope="module")
+def second(shared_hub, tmp_path_factory):
+    """Another process with a home of its own. The last test that uses it kills it."""
+    client = Client(HF_ENDPOINT=shared_hub.endpoint, HF_HOME=str(tmp_path_factory.mktemp("home")))
+    yield client
+    client.close()
+
+
+def wait_for_request(hub, match: str, count: int = 1):
+    deadline = time.monotonic() + 20
+    while len([request for request in hub.requests if match in request]) < count:
+        assert time.monotonic() < deadline, f"no {match} among {hub.requests}"
+        time.sleep(0.01)
+
+
+def test_two_processes_that_download_at_once_both_get_the_whole_solver(hub, online, second, cache):
+    with ThreadPoolExecutor() as pool, hub.fault("GET /storage", "stall", seconds=1):
+        loads = [pool.submit(client, "load", REPO, cache_dir=cache) for client in (online, second)]
+        assert [load.result(timeout=60) for load in loads] == ["one", "one"]
+    assert len([request for request in hub.requests if "GET /storage" in request]) == 1
+    (cached,) = Path(cache).glob(f"*/snapshots/*/{SOLVER}")
+    assert cached.read_bytes() == hub.find(REPO, "main", None)[1][SOLVER]
+
+
+def test_a_process_that_is_killed_while_it_downloads_is_no_obstacle_to_another(hub, online, second, cache):
+    with hub.fault("GET /storage", "stall", times=1, seconds=3), ThreadPoolExecutor() as pool:
+        pool.submit(second, "load", REPO, cache_dir=cache)
+        wait_for_request(hub, "GET /storage")
+        second.process.kill()
+        assert online("load", REPO, cache_dir=cache) == "one"
 
 
 # Pushing

@@ -15,7 +15,13 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
 from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from .process import prediction_type_from_config, process_from_config, time_grid
 from .serialization import MAX_BYTES, SOLVER_FILE, SolverFile, SolverFileError, load_solver_file, save_solver_file
@@ -25,6 +31,8 @@ from .solver import SearchedSolver
 logger = logging.get_logger(__name__)
 
 BETAS = ("beta_start", "beta_end", "beta_schedule")
+# What the HTTP library of the Hub client raises, whichever it is, when a connection breaks for good.
+_ConnectionBroken = HfHubHTTPError.__bases__[0]
 BUNDLED_SOLVERS = Path(__file__).parent / "solvers"
 
 
@@ -168,7 +176,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             config, kwargs, commit_hash = cls.load_config(
                 source, subfolder=subfolder, return_unused_kwargs=True, return_commit_hash=True, **kwargs
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, _ConnectionBroken) as error:
             raise _cannot_load(name, error) from error
         if os.path.isdir(source):
             path = folder / SOLVER_FILE
@@ -197,8 +205,11 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"'{json_file}' has {os.path.getsize(json_file)} bytes, a config at most {MAX_BYTES}.")
         try:
             config = super()._dict_from_json_file(json_file, **kwargs)
-        except RecursionError as error:
-            raise ValueError(f"'{json_file}' is nested too deeply for a config.") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"'{json_file}' cannot be read as JSON ({error}). If it was damaged on its way, `force_download=True` "
+                "fetches it anew."
+            ) from error
         if not isinstance(config, dict):
             raise ValueError(f"'{json_file}' holds a JSON {type(config).__name__}, expected an object.")
         # diffusers makes keyword arguments and attributes of the keys, and imports the class that is named.
@@ -624,24 +635,33 @@ def _load_from_hub(repo_id: str, subfolder: str | None, commit_hash: str | None,
         if not isinstance(error, LocalEntryNotFoundError) or cached is _CACHED_NO_EXIST:
             return None
         raise _cannot_load(repo_id, error) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, _ConnectionBroken) as error:
         raise _cannot_load(repo_id, error) from error
 
 
 def _cannot_load(name: str, error: Exception) -> EnvironmentError:
     """What to tell a user for whom `name` could not be loaded."""
-    # diffusers raises anew, and its message does not tell these two from what does not exist.
-    causes = (error, error.__context__)
+    # diffusers raises anew, and its message does not tell these from each other.
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         reason = (
             f"its owner has gated it. Ask for access at {constants.ENDPOINT}/{name}, then pass `token` or log in with "
             "`hf auth login`."
+        )
+    elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        reason = (
+            "it is not a folder, and the Hub has no such repository, or not for you. If it is private, pass a `token` "
+            "that opens it or log in with `hf auth login`."
         )
     elif any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
         reason = (
             "it is not a folder, a part of it is not in the cache, and the Hub was not asked (`local_files_only` or "
             "HF_HUB_OFFLINE) or did not answer. Try again with a connection."
         )
+    elif not isinstance(error, (OSError, ValueError)):
+        reason = f"the connection to the Hub broke ({error}). Try again."
     else:
         reason = str(error)
     return OSError(
