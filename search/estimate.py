@@ -12,10 +12,11 @@ from diffusers import DiffusionPipeline
 from diffusers_searched_solver import SearchedSolverScheduler, process_from_config, time_grid
 
 from .baselines import classical_solvers, diffusers_schedulers
-from .field import NetworkCalls
+from .field import NetworkCalls, PipelineField
 from .measure import EVALUATION_BATCH_SIZE, EVALUATION_TEACHER, TUNING_SAMPLES
 from .memory import peak_memory
 from .parameters import Entry, SolverFamily
+from .progress import MEASURING, TEACHER
 from .strategy import make_family, split_seeds, start_grids
 from .teacher import count_batches, make_batches
 
@@ -35,53 +36,64 @@ def estimate(pipe: DiffusionPipeline, conditions: Sequence[dict], args: argparse
     Returns:
         `str`: Lines for the terminal.
     """
-    per_sample, seconds, elements = _time_calls(pipe, conditions, args.batch_size)
-    _, seconds_measuring, _ = _time_calls(pipe, conditions, EVALUATION_BATCH_SIZE)
-    own = SearchedSolverScheduler.from_config(pipe.scheduler.config)
-    families = [make_family(own.process, own.config.prediction_type, num_steps) for num_steps in args.num_steps]
-    by_gradient = args.fitter == "gradient"
-    samples = args.num_samples + max(1, args.num_samples // 4)
-    teacher = 0 if by_gradient else per_sample * samples * args.teacher_steps
-    costs = {} if by_gradient else {"teacher": (teacher, seconds)}
-    for family in families:
-        calls = per_sample * _search_evaluations(family, conditions, args, (args.max_calls - teacher) / per_sample)
-        costs[f"{family.num_steps} steps"] = (calls, seconds)
-    costs["measuring"] = (per_sample * _measuring_evaluations(pipe, args), seconds_measuring)
+    seconds, elements = _time_calls(pipe, conditions, args.batch_size)
+    seconds_measuring, _ = _time_calls(pipe, conditions, EVALUATION_BATCH_SIZE)
+    expected = expected_calls(pipe, conditions, args)
+    costs = {stage: (n, seconds_measuring if stage == MEASURING else seconds) for stage, n in expected.items()}
     processes = PartialState().num_processes
     lines = [f"{what}: {n:,} network calls, {_duration(n * each / processes)}" for what, (n, each) in costs.items()]
     in_all = _duration(sum(n * each for n, each in costs.values()) / processes)
     lines.append(f"in all: {in_all} on {processes} process{'es' * (processes > 1)}")
     memory = peak_memory(pipe.device) / 2**20
-    if by_gradient:
+    if args.fitter == "gradient":
         return "\n".join([*lines, f"peak memory: {memory:,.0f} MiB, and what the network keeps for its gradient"])
-    columns = max(len(_searched(family, times_only=False)) for family in families)
+    columns = max(len(_searched(family, times_only=False)) for family in _families(pipe, args))
     states = columns * math.ceil(args.num_samples / processes) + 2 * args.teacher_steps * args.batch_size
     held = 4 * elements * states / 2**20
     lines.append(f"peak memory: {memory + held:,.0f} MiB, {memory:,.0f} for sampling and {held:,.0f} for derivatives")
     return "\n".join(lines)
 
 
-def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[dict], batch_size: int) -> tuple[int, float, int]:
-    """Network calls of a sample's evaluation, seconds of one network call, and elements of a sample's state."""
+def expected_calls(pipe: DiffusionPipeline, conditions: Sequence[dict], args: argparse.Namespace) -> dict[str, int]:
+    """Network calls of all processes for the teacher, the search for each number of steps, and the measurement."""
     calls = NetworkCalls(pipe)
-    started = 0.0
+    PipelineField(pipe, conditions[0], [0], calls).close()
+    calls.remove()
+    per_sample, expected = calls.count, {}
+    if not args.evaluate_only:
+        samples = args.num_samples + max(1, args.num_samples // 4)
+        teacher = 0 if args.fitter == "gradient" else per_sample * samples * args.teacher_steps
+        expected |= {TEACHER: teacher} if teacher else {}
+        budget = (args.max_calls - teacher) / per_sample
+        for family in _families(pipe, args):
+            expected[f"{family.num_steps} steps"] = per_sample * _search_evaluations(family, conditions, args, budget)
+    return {**expected, MEASURING: per_sample * _measuring_evaluations(pipe, args)}
+
+
+def _families(pipe: DiffusionPipeline, args: argparse.Namespace) -> list[SolverFamily]:
+    own = SearchedSolverScheduler.from_config(pipe.scheduler.config)
+    return [make_family(own.process, own.config.prediction_type, num_steps) for num_steps in args.num_steps]
+
+
+def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[dict], batch_size: int) -> tuple[float, int]:
+    """Seconds of one network call, and elements of a sample's state."""
+    calls = NetworkCalls(pipe)
+    opening, started = 0, 0.0
 
     def skip_opening(samples: int):
-        nonlocal started
-        started = started or time.perf_counter()
+        nonlocal opening, started
+        opening, started = opening or samples, started or time.perf_counter()
 
     calls.on_call = skip_opening
     (batch, *others) = make_batches(pipe, conditions, split_seeds(0, 0, batch_size), batch_size, TIMED_STEPS, calls)
     if pipe.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    evaluations = batch_size * (TIMED_STEPS + 1)
-    per_sample = round(calls.count / evaluations)
     elements = sum(each.field.noise.numel() for each in (batch, *others)) // batch_size
     for each in (batch, *others):
         each.field.close()
     calls.remove()
-    return per_sample, seconds / (per_sample * (evaluations - batch_size)), elements
+    return seconds / (calls.count - opening), elements
 
 
 def _search_evaluations(family: SolverFamily, conditions, args: argparse.Namespace, budget: float) -> int:

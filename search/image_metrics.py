@@ -12,12 +12,13 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tqdm import tqdm
 
 from .evaluate import Sampler
 from .feature_network import FeatureNetwork
 from .field import FieldError, NetworkCalls, PipelineField
 from .metrics import MIN_IMAGES, distribution_metrics, inception_score, similarity
-from .processes import gather, share
+from .processes import gather, quiet, share
 from .rollout import Batch
 from .strategy import EVALUATION_SEEDS, split_seeds
 from .teacher import count_batches, stream_batches
@@ -100,12 +101,16 @@ def measure_images(
     if args.reference_images is not None:
         chunks = _chunks(args.reference_images)
         read = iter([[chunk] for chunk in share(chunks)])
-        for described in _in_order(read, len(chunks), lambda chunk: {REFERENCE: network(_read_images(chunk.files))}):
-            rows.append(described)
+        described = _in_order(read, len(chunks), lambda chunk: {REFERENCE: network(_read_images(chunk.files))})
+        for of_files in tqdm(
+            described, "reference images", len(chunks), unit=" batches", disable=quiet(), leave=False
+        ):
+            rows.append(of_files)
     if not PartialState().is_main_process:
         return {}
     reference = TEACHER if args.reference_images is None else REFERENCE
-    metrics = {key: rows.metrics(key, reference, pipe.device) for key in (TEACHER, *contenders)}
+    keys = tqdm((TEACHER, *contenders), desc="distances between images", unit=" solvers", disable=quiet(), leave=False)
+    metrics = {key: rows.metrics(key, reference, pipe.device) for key in keys}
     results = {}
     for n, of_steps in samplers.items():
         results[str(n)] = [{"solver": name, **metrics[n, name]} for name in of_steps]

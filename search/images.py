@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image, ImageChops, ImageDraw
+from tqdm import tqdm
 
 from diffusers_searched_solver import SearchedSolverScheduler
 
 from .baselines import diffusers_schedulers
 from .evaluate import is_diffusers_scheduler
+from .processes import quiet
 from .teacher import teacher_solver
 
 
@@ -60,23 +62,30 @@ def draw_samples(
         TypeError: If the pipeline does not make images.
     """
     config = pipe.scheduler.config
+    rows = {num_steps: {**_shown(config, table), "searched": scheduler} for num_steps, table in sorted(tables.items())}
+    teacher = SearchedSolverScheduler.from_config(config, solver=teacher_solver(scheduler.process, teacher_steps))
+    steps = len(conditions) * (teacher_steps + sum(n * len(contenders) for n, contenders in rows.items()))
+    with tqdm(total=steps, desc="images", unit=" steps", disable=quiet(), smoothing=0) as progress:
+
+        def draw(with_scheduler: SchedulerMixin, num_steps: int) -> list[Image.Image]:
+            images = []
+            for kwargs, seed in zip(conditions, seeds, strict=True):
+                images += sample_images(pipe, with_scheduler, kwargs, [seed], num_steps)[:1]
+                progress.update(num_steps)
+            return images
+
+        goal = draw(teacher, teacher_steps)
+        samples = {n: {name: draw(each, n) for name, each in contenders.items()} for n, contenders in rows.items()}
+    return SampleImages([_caption(kwargs) for kwargs in conditions], teacher_steps, goal, samples)
+
+
+def _shown(config: Mapping, table: Sequence[Mapping]) -> dict[str, SchedulerMixin]:
+    """The best of diffusers' schedulers in a table of results, and its first-order one."""
     families = diffusers_schedulers(config)
     first_order = next(iter(families))
-
-    def draw(with_scheduler: SchedulerMixin, num_steps: int) -> list[Image.Image]:
-        pairs = zip(conditions, seeds, strict=True)
-        return [sample_images(pipe, with_scheduler, kwargs, [seed], num_steps)[0] for kwargs, seed in pairs]
-
-    teacher = teacher_solver(scheduler.process, teacher_steps)
-    goal = draw(SearchedSolverScheduler.from_config(config, solver=teacher), teacher_steps)
-    samples = {}
-    for num_steps, table in tables.items():
-        rivals = [row for row in table if is_diffusers_scheduler(row)]
-        shown = [rivals[0], *(row for row in rivals[1:] if row["solver"] == first_order)]
-        contenders = {row["solver"]: families[row["solver"]][row["setting"]] for row in shown}
-        contenders["searched"] = scheduler
-        samples[num_steps] = {name: draw(contender, num_steps) for name, contender in contenders.items()}
-    return SampleImages([_caption(kwargs) for kwargs in conditions], teacher_steps, goal, samples)
+    best, *others = (row for row in table if is_diffusers_scheduler(row))
+    shown = [best, *(row for row in others if row["solver"] == first_order)]
+    return {row["solver"]: families[row["solver"]][row["setting"]] for row in shown}
 
 
 def _caption(call_kwargs: Mapping) -> str:

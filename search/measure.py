@@ -2,10 +2,10 @@
 
 import argparse
 import logging
+from collections.abc import Mapping
 
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from tqdm import tqdm
 
 from diffusers_searched_solver import SearchedSolver, process_from_config
 
@@ -14,8 +14,8 @@ from .cache import TeacherCache
 from .evaluate import compare, format_table, samplers
 from .feature_network import FeatureNetwork
 from .field import NetworkCalls
-from .image_metrics import format_metrics, measure_images
-from .processes import quiet
+from .image_metrics import COLUMNS, format_metrics, measure_images
+from .progress import MEASURING, Progress
 from .rollout import Batch, rollout, root_mean_square, sample_errors
 from .strategy import EVALUATION_SEEDS, TUNING_SEEDS, split_seeds
 from .teacher import make_batches, teacher_solver
@@ -37,7 +37,8 @@ def measure(
     conditions: list[dict],
     solvers: dict[int, SearchedSolver],
     args: argparse.Namespace,
-    network: FeatureNetwork | None = None,
+    network: FeatureNetwork | None,
+    progress: Progress,
 ) -> dict:
     """
     The `evaluation` of a report: rows of `compare` and of `compare_trajectories` for each step count, also printed.
@@ -45,47 +46,51 @@ def measure(
     Every process measures its part of the samples; the trajectories are the main process's alone.
 
     Args:
-        network (*optional*): What `measure_images` compares images by, which is left out otherwise.
+        network (*optional*): What `measure_images` compares images by; without it, it does not.
     """
     teacher_steps = EVALUATION_TEACHER * args.teacher_steps
     results, trajectories = {}, {}
-    with tqdm(desc="evaluation", unit=" calls", disable=quiet(), smoothing=0) as progress:
-        calls = NetworkCalls(pipe, progress.update)
-        tuning, evaluation = (
-            make_batches(
-                pipe,
-                conditions,
-                split_seeds(args.seed, split, count),
-                EVALUATION_BATCH_SIZE,
-                teacher_steps,
-                calls,
-                TeacherCache(args.cache_dir),
-            )
-            for split, count in ((TUNING_SEEDS, TUNING_SAMPLES), (EVALUATION_SEEDS, args.num_eval_samples))
+    progress.begin(MEASURING)
+    calls = NetworkCalls(pipe, progress.update)
+    tuning, evaluation = (
+        make_batches(
+            pipe,
+            conditions,
+            split_seeds(args.seed, split, count),
+            EVALUATION_BATCH_SIZE,
+            teacher_steps,
+            calls,
+            TeacherCache(args.cache_dir),
         )
-        for num_steps, solver in solvers.items():
-            progress.set_description(f"evaluation, {num_steps} steps")
-            results[str(num_steps)] = compare(solver, pipe.scheduler.config, tuning, evaluation)
-            if PartialState().is_main_process:
-                progress.write(
-                    f"\n{num_steps} steps, distance to the teacher's end on {args.num_eval_samples} held-out noises\n"
-                    + format_table(results[str(num_steps)])
-                )
-        found = {"num_samples": args.num_eval_samples, "teacher_steps": teacher_steps, "results": results}
-        if PartialState().is_main_process:
-            progress.set_description("evaluation, the teacher's trajectory")
-            found["teacher_error"] = _teacher_error(evaluation[0], args.teacher_steps, results)
-            trajectories = _trajectories(pipe, solvers, results, evaluation[0], teacher_steps)
-        for batch in [*tuning, *evaluation]:
-            batch.field.close()
-        if network is not None:
-            progress.set_description(f"evaluation, {args.image_metrics} images of every solver")
-            rivals = {n: samplers(solver, pipe.scheduler.config, results[str(n)]) for n, solver in solvers.items()}
-            found["image_metrics"] = measure_images(pipe, conditions, rivals, network, teacher_steps, args, calls)
-            for num_steps, rows in found["image_metrics"].get("results", {}).items():
-                progress.write(f"\n{num_steps} steps, {args.image_metrics} images\n{format_metrics(rows)}")
-        calls.remove()
+        for split, count in ((TUNING_SEEDS, TUNING_SAMPLES), (EVALUATION_SEEDS, args.num_eval_samples))
+    )
+    for num_steps, solver in solvers.items():
+        results[str(num_steps)] = compare(solver, pipe.scheduler.config, tuning, evaluation)
+        progress.write(
+            f"\n{num_steps} steps, distance to the teacher's end on {args.num_eval_samples} held-out noises\n"
+            + format_table(results[str(num_steps)])
+        )
+    found = {"num_samples": args.num_eval_samples, "teacher_steps": teacher_steps, "results": results}
+    if PartialState().is_main_process:
+        found["teacher_error"] = _teacher_error(evaluation[0], args.teacher_steps, results)
+        trajectories = _trajectories(pipe, solvers, results, evaluation[0], teacher_steps)
+    for batch in [*tuning, *evaluation]:
+        batch.field.close()
+    if network is not None:
+        rivals = {n: samplers(solver, pipe.scheduler.config, results[str(n)]) for n, solver in solvers.items()}
+        found["image_metrics"] = measure_images(pipe, conditions, rivals, network, teacher_steps, args, calls)
+        for num_steps, rows in found["image_metrics"].get("results", {}).items():
+            progress.write(f"\n{num_steps} steps, {args.image_metrics} images\n{format_metrics(rows)}")
+    calls.remove()
     return {**found, "trajectories": trajectories}
+
+
+def final_numbers(evaluation: Mapping) -> dict[str, float]:
+    """The numbers of a report's `evaluation`, by names for trackers."""
+    tables = (evaluation["results"], evaluation.get("image_metrics", {}).get("results", {}))
+    rows = [(n, row) for table in tables for n, of_steps in table.items() for row in of_steps]
+    names = ("endpoint_error", *COLUMNS)
+    return {f"{n} steps/{name}/{row['solver']}": row[name] for n, row in rows for name in names if name in row}
 
 
 def _trajectories(pipe, solvers, results, batch: Batch, teacher_steps: int) -> dict[str, list[dict]]:

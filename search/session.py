@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from tqdm import tqdm
 
 from diffusers_searched_solver import SearchedSolver
 
@@ -16,8 +15,9 @@ from .differentiable_network import DifferentiableNetwork
 from .field import NetworkCalls, PipelineField
 from .gradient import Recipe, fit_by_gradient, recipe_teacher
 from .journal import Journal
+from .memory import inference_memory, peak_memory
 from .output import write_solvers
-from .processes import quiet
+from .progress import TEACHER, Finding, Progress
 from .strategy import TRAIN_SEEDS, Problem, fit_solver, search_problem, split_seeds
 
 
@@ -31,51 +31,51 @@ def run_search(
     args: argparse.Namespace,
     calls: NetworkCalls,
     journal: Journal,
-    solvers: dict[int, SearchedSolver],
-) -> dict:
+    progress: Progress,
+) -> tuple[dict[int, SearchedSolver], dict]:
     """
-    Put a solver for each step count into `solvers`, and into `args.output_dir`, ever better ones while it searches.
+    Search a solver for each step count; in `args.output_dir` are ever better ones meanwhile.
 
     Returns:
-        `dict`: The `search` of a report, i.e. what it cost.
+        The solvers by number of steps, and the `search` of a report, i.e. what it cost.
     """
-    costs, problem = {}, None
+    solvers, costs, problem = {}, {}, None
+    memory = inference_memory(pipe, conditions[0], args.batch_size)
+    calls.on_call = progress.update
     started = time.perf_counter()
-    with tqdm(desc="teacher", unit=" calls", disable=quiet(), smoothing=0) as progress:
-        calls.on_call = progress.update
-        log = progress.write if PartialState().is_main_process else lambda line: None
-        if args.fitter == "gauss-newton":
-            problem = _problem(pipe, conditions, args, calls)
-            journal.check(problem.fingerprint())
-            fit = functools.partial(
-                fit_solver, problem, iterations=args.iterations, max_calls=args.max_calls, journal=journal, log=log
-            )
-        else:
-            journal.check(_fingerprint(pipe, conditions[0], args, calls))
-            fit = functools.partial(_fit_by_gradient, pipe, conditions, args, calls, journal, log)
-        teacher_calls = problem.teacher_calls if problem else 0
-        teacher_seconds = time.perf_counter() - started
-        for num_steps in args.num_steps:
-            progress.set_description(f"search, {num_steps} steps")
-            before, started = journal.spent, time.perf_counter()
-            for solver in fit(num_steps=num_steps):
-                if solver is not solvers.get(num_steps):
-                    solvers[num_steps] = solver
-                    if PartialState().is_main_process:
-                        write_solvers(pipe, solvers, args.output_dir, {"base_model": args.pipeline})
-            costs[str(num_steps)] = {
-                "network_calls": teacher_calls + journal.spent - before,
-                "seconds": round(time.perf_counter() - started + teacher_seconds, 2),
-            }
+    if args.fitter == "gauss-newton":
+        progress.begin(TEACHER)
+        problem = _problem(pipe, conditions, args, calls)
+        journal.check(problem.fingerprint())
+        sizes = {"iterations": args.iterations, "max_calls": args.max_calls}
+        fit = functools.partial(fit_solver, problem, journal=journal, tell=progress.found, **sizes)
+    else:
+        journal.check(_fingerprint(pipe, conditions[0], args, calls))
+        fit = functools.partial(_fit_by_gradient, pipe, conditions, args, calls, journal, progress.found)
+    teacher_calls = problem.teacher_calls if problem else 0
+    teacher_seconds = time.perf_counter() - started
+    for num_steps in args.num_steps:
+        progress.begin(f"{num_steps} steps")
+        before, started = journal.spent, time.perf_counter()
+        for solver in fit(num_steps=num_steps):
+            if solver is not solvers.get(num_steps):
+                solvers[num_steps] = solver
+                if PartialState().is_main_process:
+                    write_solvers(pipe, solvers, args.output_dir, {"base_model": args.pipeline})
+        costs[str(num_steps)] = {
+            "network_calls": teacher_calls + journal.spent - before,
+            "seconds": round(time.perf_counter() - started + teacher_seconds, 2),
+        }
     calls.remove()
     if problem:
         problem.close()
-    return {
+    return solvers, {
         "fitter": args.fitter,
         "num_samples": args.num_samples,
         "teacher_steps": args.teacher_steps,
         "teacher_network_calls": teacher_calls,
         "cost_with_teacher": costs,
+        "peak_memory_over_inference": peak_memory(pipe.device) / memory,
     }
 
 
@@ -94,13 +94,15 @@ def _fingerprint(pipe, condition: dict, args, calls) -> str:
 
 
 def _fit_by_gradient(
-    pipe, conditions, args, calls, journal: Journal, log: Callable[[str], None], num_steps: int
+    pipe, conditions, args, calls, journal: Journal, tell: Callable[[Finding], None], num_steps: int
 ) -> Iterator[SearchedSolver]:
     first_seed = split_seeds(args.seed, TRAIN_SEEDS, 1)[0]
     network = DifferentiableNetwork(pipe, conditions, args.batch_size, calls, first_seed)
     recipe = Recipe(num_samples=args.num_samples, teacher_steps=args.teacher_steps)
     updates = fit_by_gradient([network], num_steps, recipe, journal.remember)
+    before = journal.spent
     for update, iteration in enumerate(updates, 1):
         if update % UPDATES_PER_LINE == 0:
-            log(f"{num_steps} steps, {iteration.num_samples:,} noises: loss {iteration.loss:.4g}")
+            numbers = {"loss": iteration.loss, "network calls": journal.spent - before}
+            tell(Finding(num_steps, f"{iteration.num_samples:,} noises", numbers))
         yield iteration.solver

@@ -17,6 +17,7 @@ from .gauss_newton import gauss_newton_iteration
 from .journal import Journal
 from .parameters import SolverFamily
 from .processes import gather, total
+from .progress import Finding
 from .rollout import Batch, endpoint_errors, root_mean_square
 from .teacher import NO_CACHE, count_batches, make_batches
 
@@ -72,7 +73,8 @@ def search_solver(
     problem = None
     try:
         problem = search_problem(pipe, conditions, num_samples, seed, teacher_steps, batch_size, calls)
-        *_, solver = fit_solver(problem, num_steps, iterations, max_calls, Journal(calls), log)
+        journal = Journal(calls)
+        *_, solver = fit_solver(problem, num_steps, iterations, max_calls, journal, lambda found: log(str(found)))
         return solver
     finally:
         calls.remove()
@@ -163,7 +165,12 @@ def split_seeds(seed: int, split: int, count: int) -> list[int]:
 
 
 def fit_solver(
-    problem: Problem, num_steps: int, iterations: int, max_calls: int, journal: Journal, log: Callable[[str], None]
+    problem: Problem,
+    num_steps: int,
+    iterations: int,
+    max_calls: int,
+    journal: Journal,
+    tell: Callable[[Finding], None],
 ) -> Iterator[SearchedSolver]:
     """
     Search in three stages: the node times of an Adams-Bashforth solver, from several grids, on a quarter of the
@@ -178,7 +185,7 @@ def fit_solver(
         num_steps (`int`): N.
         iterations, max_calls (`int`): As in `search_solver`.
         journal: Knows what an interrupted search has done already.
-        log: Is given a line per iteration.
+        tell: Is told what every iteration has found.
 
     Yields:
         `SearchedSolver`: After every iteration, the visited one of the smallest error on the samples that judge.
@@ -196,9 +203,10 @@ def fit_solver(
         compute = functools.partial(gauss_newton_iteration, family, vector, batches, times_only)
         return np.array(journal.remember(lambda: compute()[0].tolist()))
 
-    def visit(vector: np.ndarray, line: str) -> SearchedSolver:
+    def visit(vector: np.ndarray, stage: str) -> SearchedSolver:
         visited.append((error(problem.held_out, vector), family.solver(family.entries(vector))))
-        log(f"{num_steps} steps, {line}: error {visited[-1][0]:.4g} on held-out noises")
+        calls = problem.teacher_calls + journal.spent - start
+        tell(Finding(num_steps, stage, {"held-out error": visited[-1][0], "network calls": calls}))
         return min(visited, key=lambda pair: pair[0])[1]
 
     starts = [family.vector(timesteps) for timesteps in start_grids(problem.process, num_steps)]

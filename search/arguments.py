@@ -1,0 +1,101 @@
+"""
+Search few-step solvers for a diffusers pipeline and measure them.
+
+    accelerate launch search/run.py --pipeline examples/digits-sit --num-steps 5 8 10 --output-dir OUT
+
+OUT is then what `SearchedSolverScheduler.from_pretrained(OUT)` loads, with `report.html`, `report.json`, `images.png`
+and a model card beside it; --push-to-hub uploads them. Samples are dealt out to the processes of `accelerate launch`.
+A search that was killed goes on with --resume; meanwhile OUT has the best solvers so far.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from accelerate.utils import LoggerType
+from huggingface_hub import cached_assets_path
+
+from .feature_network import INCEPTION
+from .gradient import PAPER_RECIPE
+from .loading import NAMES
+from .strategy import BATCH_SIZE, ITERATIONS, MAX_CALLS, NUM_SAMPLES, TEACHER_STEPS
+
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What depends on the fitter unless it is given.
+DEFAULTS = {
+    "gauss-newton": {"num_samples": NUM_SAMPLES, "teacher_steps": TEACHER_STEPS},
+    "gradient": {"num_samples": PAPER_RECIPE.num_samples, "teacher_steps": PAPER_RECIPE.teacher_steps},
+}
+NUM_STEPS = [5, 8, 10]
+TRACKERS = sorted(set(LoggerType.list()) - {"all"})
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with all defaults but those that depend on the pipeline."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    if not isinstance(parsed.call_kwargs, dict):
+        parser.error(f"--call-kwargs is {json.dumps(parsed.call_kwargs)}, expected a JSON object")
+    if parsed.evaluate_only and (parsed.resume or parsed.dry_run):
+        parser.error("--evaluate-only searches nothing: leave out --resume and --dry-run")
+    if parsed.solver is not None and (not parsed.evaluate_only or parsed.push_to_hub is not None):
+        parser.error("--solver is for --evaluate-only, and its results have no model card to push to the Hub")
+    if parsed.num_steps is None and not parsed.evaluate_only:
+        parsed.num_steps = NUM_STEPS
+    for name, value in DEFAULTS[parsed.fitter].items():
+        if getattr(parsed, name) is None:
+            setattr(parsed, name, value)
+    if parsed.cache_dir is None:
+        parsed.cache_dir = cached_assets_path("diffusers_searched_solver", "search", "teacher")
+    return parsed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--pipeline", required=True, help=f"a folder, a Hub repository, or one of {', '.join(NAMES)}")
+    add("--num-steps", type=int, nargs="+", help="step counts (default: 5 8 10, or those of the solver to evaluate)")
+    add("--output-dir", type=Path, required=True, help="where the solver, the report and the images go")
+    add("--class-labels", nargs="+", help="ids or names (default: all that the pipeline knows)")
+    add("--prompts", nargs="+", help="prompts, used in turn")
+    add("--guidance-scale", type=float, help="default: the pipeline's own; 1 for --fitter gradient, as in the paper")
+    add("--call-kwargs", type=json.loads, default={}, help="further arguments of the pipeline's call, as JSON")
+    add("--num-samples", type=int, help=_defaults("noises to fit", "num_samples"))
+    add("--num-eval-samples", type=int, default=256, help="held-out noises to measure on (default: 256)")
+    add("--image-metrics", type=int, default=0, metavar="N", help="images of each solver to measure (default: none)")
+    add(
+        "--feature-network",
+        default=INCEPTION,
+        help="for their FID, KID and so on: inception, none, a Python file with a function `feature_network`, or a "
+        f"TorchScript file (default: {INCEPTION})",
+    )
+    add("--reference-images", type=Path, help="a folder of what images should be like (default: the teacher's)")
+    add("--teacher-steps", type=int, help=_defaults("of the teacher", "teacher_steps"))
+    add("--fitter", choices=DEFAULTS, default="gauss-newton", help="gradient is the paper's (default: gauss-newton)")
+    add("--iterations", type=int, default=ITERATIONS, help=f"over all noises to fit (default: {ITERATIONS})")
+    add(
+        "--max-calls",
+        type=int,
+        default=MAX_CALLS,
+        help=f"of a search with more than one iteration (default: {MAX_CALLS})",
+    )
+    add("--batch-size", type=int, default=BATCH_SIZE, help=f"samples in one pipeline call (default: {BATCH_SIZE})")
+    add("--mixed-precision", choices=DTYPES, default="no", help="dtype of the networks (default: no, float32)")
+    add("--seed", type=int, default=0, help="of all noises (default: 0)")
+    add("--resume", action="store_true", help="go on with the search that was begun in --output-dir, if there is one")
+    add("--evaluate-only", action="store_true", help="search nothing: measure the solver in --output-dir once more")
+    add("--solver", metavar="NAME", help="or this one: a folder, a bundled solver or a Hub repository")
+    add("--dry-run", action="store_true", help="say what the search would cost, and stop")
+    add("--report-to", nargs="+", choices=TRACKERS, help="accelerate's trackers, such as tensorboard in --output-dir")
+    add("--cache-dir", type=Path, help="where the teacher's end points are kept (default: in the Hugging Face cache)")
+    add("--push-to-hub", metavar="ORG/NAME", help="upload the solver, its model card and the report when finished")
+    add("--license", default="apache-2.0", help="of the solver, as the Hub names licences (default: apache-2.0)")
+    return parser
+
+
+def _defaults(what: str, name: str) -> str:
+    return (
+        f"{what} (default: " + ", ".join(f"{values[name]} for {fitter}" for fitter, values in DEFAULTS.items()) + ")"
+    )

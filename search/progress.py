@@ -1,0 +1,82 @@
+"""Progress: what a run says while it goes on, to people and to trackers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from .processes import quiet
+
+
+# Of a run, beside one for each number of steps.
+TEACHER, MEASURING = "teacher", "measuring"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    What an iteration of a search has led to; as a string, a line that says so.
+
+    Args:
+        num_steps (`int`): Of the solver that is searched.
+        stage (`str`): What was done.
+        numbers (`dict[str, float]`): What came out, by name.
+    """
+
+    num_steps: int
+    stage: str
+    numbers: Mapping[str, float]
+
+    def __str__(self) -> str:
+        numbers = (f"{name} {n:,}" if isinstance(n, int) else f"{name} {n:.4g}" for name, n in self.numbers.items())
+        return f"{self.num_steps} steps, {self.stage}: {', '.join(numbers)}"
+
+
+class Progress:
+    """
+    A bar that counts network calls and tells when they will be done, lines of what was found, and trackers. Only the
+    main process says anything, and the bar is seen on terminals alone.
+
+    Args:
+        expected (`dict[str, int]`): Network calls of every stage, of all processes, in the order of the stages.
+        track: Is told numbers by name and how many came before, as `Accelerator.log`.
+    """
+
+    def __init__(self, expected: Mapping[str, int], track: Callable[[dict[str, float], int], object]):
+        self._to_come, self._track, self._tracked = dict(expected), track, 0
+        self._bar = tqdm(unit=" calls", disable=quiet(), smoothing=0)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+
+    def begin(self, stage: str):
+        """Say that this stage begins; those before it are finished, whatever was expected of them."""
+        while next(iter(self._to_come)) != stage:
+            self._to_come.pop(next(iter(self._to_come)))
+        self.write(f"{stage}: about {self._to_come[stage]:,} network calls to come")
+        # Each process has its share of the samples.
+        self._bar.total = self._bar.n + sum(self._to_come.values()) // PartialState().num_processes
+        self._bar.set_description(stage)
+
+    def update(self, calls: int):
+        """So many network calls were made by this process."""
+        self._bar.update(calls)
+
+    def write(self, line: str):
+        """Say something."""
+        if PartialState().is_main_process:
+            self._bar.write(line)
+
+    def found(self, finding: Finding):
+        """Say what a search has found so far."""
+        self.write(str(finding))
+        self.track({f"{finding.num_steps} steps/{name}": number for name, number in finding.numbers.items()})
+
+    def track(self, numbers: Mapping[str, float]):
+        """Tell the trackers alone."""
+        self._track(dict(numbers), self._tracked)
+        self._tracked += 1
