@@ -8,8 +8,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from hub_server import TOKEN, Hub
+from packaging.version import Version
 from tiny_pipelines import build
 
 from diffusers_searched_solver import (
@@ -283,14 +285,18 @@ PASSING = {
     "config 500": (CONFIG, 500, "did not answer. Try again"),
     "config 503": (CONFIG, 503, "did not answer. Try again"),
     "config 429": (CONFIG, 429, "did not answer. Try again"),
-    "config broken off": (f"GET /{REPO}/resolve/main/{CONFIG}", "cut", "the connection to the Hub broke.*Try again"),
+    "config broken off": (
+        f"GET /{REPO}/resolve/main/{CONFIG}",
+        "cut",
+        "connection to the Hub broke|Can't load config",
+    ),
     "config ends early": (f"GET /{REPO}/resolve/main/{CONFIG}", "short", "Can't load config"),
     "solver 500": (f"HEAD /{REPO}/resolve/COMMIT/{SOLVER}", 500, "did not answer. Try again"),
     "solver 503": (f"HEAD /{REPO}/resolve/COMMIT/{SOLVER}", 503, "did not answer. Try again"),
     "storage 503": ("GET /storage", 503, "503"),
     "storage forbidden": ("GET /storage", 403, "403"),
-    "storage 429": ("GET /storage", 429, "429 Too Many Requests"),
-    "solver broken off": ("GET /storage", "cut", "the connection to the Hub broke.*Try again"),
+    "storage 429": ("GET /storage", 429, "429"),
+    "solver broken off": ("GET /storage", "cut", "[Cc]onnection.*broke"),
     "solver ends early": ("GET /storage", "short", "should be of size .* but has size"),
 }
 
@@ -305,6 +311,12 @@ def test_a_fault_is_an_error_and_leaves_nothing_that_breaks_the_next_attempt(hub
     assert not [path for path in Path(cache).rglob("*.incomplete") if path.stat().st_size]
 
 
+tries_again = pytest.mark.skipif(
+    Version(huggingface_hub.__version__) < Version("1.23"), reason="this version of the client gives up at once"
+)
+
+
+@tries_again
 @pytest.mark.parametrize("status", [429, 500, 503])
 @pytest.mark.parametrize("name", [CONFIG, SOLVER])
 def test_a_server_error_that_goes_away_after_some_tries_is_not_noticed(hub, online, cache, name, status):
@@ -313,6 +325,7 @@ def test_a_server_error_that_goes_away_after_some_tries_is_not_noticed(hub, onli
     assert fault.times == 0
 
 
+@tries_again
 @pytest.mark.parametrize(
     "kind, seconds", [("cut", 0), ("stall", 4), (429, 0)], ids=["cut off", "stalled", "too many requests"]
 )
@@ -327,7 +340,7 @@ def test_a_download_that_never_ends_is_given_up(hub, online, cache):
     online(timeout.format(0.3))
     try:
         with hub.fault("GET /storage", "stall", seconds=5):
-            with pytest.raises(ClientError, match=f"^OSError/.*'{REPO}'.*the connection to the Hub broke.*Try again"):
+            with pytest.raises(ClientError, match=f"^OSError/.*'{REPO}'.*(connection to the Hub broke|timed out)"):
                 online("load", REPO, cache_dir=cache)
     finally:
         online(timeout.format(2))
