@@ -7,8 +7,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_kernel
 
 
-# Rows that are compared with others at a time.
+# Images that a KID is of, and rows whose distances to all others are in memory at a time.
 BLOCK = 1000
+ROWS = 250
 NEIGHBOURS = 3
 # Of fewer images, not all of the metrics are defined.
 MIN_IMAGES = 8
@@ -84,11 +85,10 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
     shorter = min(len(features), len(reference))
     size = min(BLOCK, shorter)
     # The same order for both if they are of one length, so that pairs from one noise stay together.
-    shuffled = (
-        rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))] for rows in (features, reference)
-    )
-    blocks = [rows[: shorter // size * size].double().split(size) for rows in shuffled]
-    return float(torch.stack([_discrepancy(x, y) for x, y in zip(*blocks, strict=True)]).mean())
+    orders = (torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)) for rows in (features, reference))
+    blocks = (order[: shorter // size * size].split(size) for order in orders)
+    values = [_discrepancy(features[a].double(), reference[b].double()) for a, b in zip(*blocks, strict=True)]
+    return float(torch.stack(values).mean())
 
 
 def _discrepancy(x: Tensor, y: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def precision_and_recall(features: Tensor, reference: Tensor) -> tuple[float, fl
     """
     reference_radii = _radii(reference)
     inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
-    for rows, radii in zip(features.split(BLOCK), _radii(features).split(BLOCK), strict=True):
+    for rows, radii in zip(features.split(ROWS), _radii(features).split(ROWS), strict=True):
         distances = torch.cdist(rows, reference)
         inside += int((distances <= reference_radii).any(1).sum())
         covered |= (distances <= radii[:, None]).any(0)
@@ -114,7 +114,7 @@ def precision_and_recall(features: Tensor, reference: Tensor) -> tuple[float, fl
 
 def _radii(rows: Tensor) -> Tensor:
     """Distance of each row to its third neighbour; the nearest is the row itself."""
-    return torch.cat([torch.cdist(block, rows).kthvalue(NEIGHBOURS + 1).values for block in rows.split(BLOCK)])
+    return torch.cat([torch.cdist(block, rows).kthvalue(NEIGHBOURS + 1).values for block in rows.split(ROWS)])
 
 
 def inception_score(logits: Tensor) -> float:

@@ -100,16 +100,20 @@ def pipeline_calls(
     conditions: Sequence[Mapping], seeds: Sequence[int], batch_size: int
 ) -> list[list[tuple[Mapping, int]]]:
     """The samples of each pipeline call, as conditions and seeds."""
-    pending: list[tuple[Mapping, list[tuple[Mapping, int]]]] = []
+    calls: list[list[tuple[Mapping, int]]] = []
+    with_room: list[tuple[Mapping, list[tuple[Mapping, int]]]] = []
     for i, seed in enumerate(seeds):
         condition = conditions[i % len(conditions)]
-        for k, (merged, samples) in enumerate(pending):
-            if len(samples) < batch_size and (joined := merge_conditions(merged, condition)) is not None:
-                pending[k] = (joined, [*samples, (condition, seed)])
+        for k, (merged, samples) in enumerate(with_room):
+            if (joined := merge_conditions(merged, condition)) is not None:
+                samples.append((condition, seed))
+                with_room[k] = (joined, samples)
                 break
         else:
-            pending.append((condition, [(condition, seed)]))
-    return [samples for _, samples in pending]
+            calls.append([(condition, seed)])
+            with_room.append((condition, calls[-1]))
+        with_room = [(merged, samples) for merged, samples in with_room if len(samples) < batch_size]
+    return calls
 
 
 def _check_finite(end: torch.Tensor, samples: Sequence[tuple[Mapping, int]]):
