@@ -80,7 +80,7 @@ def test_a_run_over_the_field_is_the_pipelines_own_run_bit_for_bit(name, open_fi
     scheduler = SearchedSolverScheduler.from_config(case.config, solver=solver)
     expected = own_run(case.pipe, scheduler, inputs, seeds, NUM_STEPS)
     if name in OWN_SCHEDULE:
-        solver = scheduler._solver  # the classical one on the pipeline's nodes
+        solver = scheduler._run.solver  # the classical one on the pipeline's nodes
 
     k = case.first_step
     field = open_field(case.pipe, inputs, seeds, start=solver.timesteps[k] if k else None)

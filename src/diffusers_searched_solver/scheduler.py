@@ -5,6 +5,7 @@ import math
 import operator
 import os
 import reprlib
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,6 +54,38 @@ class SearchedSolverSchedulerOutput(BaseOutput):
 def list_bundled_solvers() -> list[str]:
     """Names of the solvers that ship with this package, for [`SearchedSolverScheduler.from_pretrained`]."""
     return sorted(folder.name for folder in BUNDLED_SOLVERS.iterdir() if (folder / SOLVER_FILE).is_file())
+
+
+class _Run:
+    """
+    A run of a solver from `set_timesteps` on. A step that has begun touches its own run alone, whatever other threads
+    begin meanwhile.
+
+    Attributes:
+        thread (`int`): Which began it.
+        step_index (`int`, *optional*): The step that comes next; None before the first.
+        history (`list[torch.Tensor]`): The predictions so far.
+    """
+
+    def __init__(self, solver: SearchedSolver, timesteps: torch.Tensor):
+        self.solver, self._timesteps, self.thread = solver, timesteps, threading.get_ident()
+        self.step_index: int | None = None
+        self.history: list[torch.Tensor] = []
+
+    def place(self, timestep) -> int | None:
+        """Which element of the schedule's tensor a timestep is, if it is that itself and not a copy."""
+        if not torch.is_tensor(timestep) or timestep.ndim:
+            return None
+        same = timestep.untyped_storage().data_ptr() == self._timesteps.untyped_storage().data_ptr()
+        return timestep.storage_offset() if same else None
+
+    def check_thread(self):
+        """Refuse what another thread than the run's own does in it."""
+        if self.thread != threading.get_ident():
+            raise RuntimeError(
+                "Another thread has begun a run with this scheduler, which holds the predictions of one. Give each "
+                "thread a pipeline of its own, with a copy of the scheduler (`copy.deepcopy`)."
+            )
 
 
 class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
@@ -120,10 +153,9 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
                 self.register_to_config(_use_default_values=sorted(defaults))
             self.betas = torch.from_numpy(self.process.betas)
             self.alphas_cumprod = torch.from_numpy(self.process.alphas_cumprod).float()
-        self._solver: SearchedSolver | None = None
+        self._run: _Run | None = None
         self._begin_index: int | None = None
         self._warned: set[str] = set()
-        self._reset()
 
     @property
     def compatibles(self) -> list[type[SchedulerMixin]]:
@@ -324,21 +356,21 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps is not None and operator.index(num_inference_steps) < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps}, expected at least 1.")
         if explicit is not None:
-            self._solver = self._classical_on(timesteps, sigmas, mu)
+            solver = self._classical_on(timesteps, sigmas, mu)
         elif num_inference_steps is None:
             raise ValueError(
                 "`set_timesteps` needs one of `num_inference_steps`, `timesteps` and `sigmas`, found none."
             )
         elif self.solver_file is None:
             shift = math.exp(mu) if mu is not None and self.config.use_dynamic_shifting else self.config.shift
-            self._solver = _second_order(*time_grid(self.process, num_inference_steps, shift))
+            solver = _second_order(*time_grid(self.process, num_inference_steps, shift))
         else:
-            self._solver = self._searched(num_inference_steps)
-        self.num_inference_steps = self._solver.num_steps
-        self.timesteps = torch.tensor(self._solver.timesteps, dtype=torch.float32, device=device)
-        self.sigmas = torch.tensor(self._solver.sigmas, dtype=torch.float32)
+            solver = self._searched(num_inference_steps)
+        self.num_inference_steps = solver.num_steps
+        self.timesteps = torch.tensor(solver.timesteps, dtype=torch.float32, device=device)
+        self.sigmas = torch.tensor(solver.sigmas, dtype=torch.float32)
         self._begin_index = None
-        self._reset()
+        self._run = _Run(solver, self.timesteps)
 
     def _searched(self, num_steps: int) -> SearchedSolver:
         solver = self.solver_file.solvers.get(num_steps)
@@ -391,18 +423,21 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
 
         Raises:
             ValueError: If the schedule has no such step.
+            RuntimeError: If another thread has begun a run.
         """
-        if self._solver is not None and not 0 <= begin_index < self.num_inference_steps:
+        if self._run is not None and not 0 <= begin_index < self.num_inference_steps:
             raise ValueError(
                 f"`begin_index` is {begin_index}, expected 0 to {self.num_inference_steps - 1} in a run of "
                 f"{self.num_inference_steps} steps. Call `set_timesteps` first for another number of steps."
             )
+        if self._run is not None and self.step_index != self.num_inference_steps:
+            self._run.check_thread()
         self._begin_index = begin_index
 
     @property
     def step_index(self) -> int | None:
         """The step that comes next; None before the first."""
-        return self._step_index
+        return None if self._run is None else self._run.step_index
 
     @property
     def begin_index(self) -> int | None:
@@ -416,23 +451,23 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         The elements of `self.timesteps` are recognised by their place in memory, which costs no device
         synchronisation.
         """
-        if self._is_of_schedule(timestep):
-            return timestep.storage_offset()
+        place = self._run.place(timestep)
+        if place is not None:
+            return place
         if math.isnan(timestep):
             raise ValueError("`timestep` is nan, expected an element of `timesteps`.")
-        return int(abs(self._solver.timesteps - float(timestep)).argmin())
-
-    def _is_of_schedule(self, timestep) -> bool:
-        """Whether `timestep` is an element of `self.timesteps` itself, not a copy."""
-        if not torch.is_tensor(timestep) or timestep.ndim:
-            return False
-        return timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
+        return int(abs(self._run.solver.timesteps - float(timestep)).argmin())
 
     # A run
 
-    def _reset(self):
-        self._step_index: int | None = None
-        self.model_outputs: list[torch.Tensor] = []
+    @property
+    def model_outputs(self) -> list[torch.Tensor]:
+        """The predictions that the steps to come need; ChronoEdit drops frames of them."""
+        return [] if self._run is None else self._run.history
+
+    @model_outputs.setter
+    def model_outputs(self, tensors: list[torch.Tensor]):
+        self._run.history = tensors
 
     def scale_model_input(self, sample: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """The sample itself: this scheduler's states are what the network takes."""
@@ -469,11 +504,12 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             the data only in a run of one step.
 
         Raises:
-            RuntimeError: Before `set_timesteps`, out of order, or after the last step.
+            RuntimeError: Before `set_timesteps`, out of order, after the last step, or if another thread has begun a
+                run.
             ValueError: If shapes differ.
             NotImplementedError: If noise is asked for.
         """
-        index = self._next_index(timestep)
+        run, index = self._next_step(timestep)
         if self.config.variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output.chunk(2, dim=1)[0]
         if model_output.shape != sample.shape:
@@ -485,36 +521,41 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             raise NotImplementedError("A searched solver is deterministic. Call the pipeline without `eta`.")
         if per_token_timesteps is not None:
             model_output = -model_output
-        solver = self._solver
+        solver = run.solver
         prediction = solver.prediction(model_output, sample, index, self.config.prediction_type)
-        self.model_outputs.append(prediction)
-        prev_sample = solver.step(sample, self.model_outputs, index).to(model_output.dtype)
-        self._step_index = index + 1
-        if self._step_index == self.num_inference_steps:
-            self.model_outputs = []
+        run.history.append(prediction)
+        prev_sample = solver.step(sample, run.history, index).to(model_output.dtype)
+        run.step_index = index + 1
+        if run.step_index == solver.num_steps:
+            run.history = []
         # Two passes over memory that the loops of pipelines have no use for, but for PixArt's in one step.
-        if not return_dict and self.num_inference_steps > 1:
+        if not return_dict and solver.num_steps > 1:
             return (prev_sample,)
         data = solver.data(prediction, sample, index).to(model_output.dtype)
         return SearchedSolverSchedulerOutput(prev_sample, data) if return_dict else (prev_sample, data)
 
-    def _next_index(self, timestep) -> int:
-        if self._solver is None:
+    def _next_step(self, timestep) -> tuple["_Run", int]:
+        """The run, and the index of the step that is due in it."""
+        run = self._run
+        if run is None:
             raise RuntimeError("`step` was called before `set_timesteps`; call `set_timesteps(num_steps)` first.")
-        index = self._step_index
+        place = run.place(timestep)
+        if place is None:
+            run.check_thread()
+        index, num_steps = run.step_index, run.solver.num_steps
         if index is None:
-            return self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        if index >= self.num_inference_steps:
+            return run, self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        if index >= num_steps:
             raise RuntimeError(
-                f"`step` was called {index + 1} times in a run of {self.num_inference_steps} steps. Call "
-                "`set_timesteps` to begin another run."
+                f"`step` was called {index + 1} times in a run of {num_steps} steps. Call `set_timesteps` to begin "
+                "another run."
             )
-        if self._is_of_schedule(timestep) and timestep.storage_offset() != index:
+        if place is not None and place != index:
             raise RuntimeError(
-                f"`step` was called with timestep {timestep.storage_offset()} of the schedule where timestep {index} "
-                "is due: each step needs the predictions of those before. Call `set_timesteps` to begin another run."
+                f"`step` was called with timestep {place} of the schedule where timestep {index} is due: each step "
+                "needs the predictions of those before. Call `set_timesteps` to begin another run."
             )
-        return index
+        return run, index
 
     # Noise
 
@@ -546,12 +587,13 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         dtype = timesteps.dtype if torch.is_tensor(timesteps) and timesteps.is_floating_point() else torch.float32
         timesteps = np.atleast_1d(_to_numpy(timesteps))
         levels = np.stack(self.process.alpha_sigma(timesteps))
-        if self._solver is not None:
+        if self._run is not None:
+            solver = self._run.solver
             # float32, because that is what `self.timesteps` gives out; half precision, because models cast that.
-            schedule = torch.tensor(self._solver.timesteps, dtype=torch.float32).to(dtype).double().numpy()
+            schedule = torch.tensor(solver.timesteps, dtype=torch.float32).to(dtype).double().numpy()
             matches = timesteps.astype(np.float32)[:, None] == schedule
             rows, nodes = np.nonzero(matches)
-            levels[:, rows] = self._solver.alphas[nodes], self._solver.sigmas[nodes]
+            levels[:, rows] = solver.alphas[nodes], solver.sigmas[nodes]
         levels = torch.from_numpy(levels).to(sample)
         return tuple(level.reshape(-1, *[1] * (sample.ndim - 1)) for level in levels)
 
