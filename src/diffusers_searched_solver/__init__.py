@@ -5,8 +5,9 @@ from diffusers import SchedulerMixin
 
 from .check import Comparison, check_solver
 from .hub import list_hub_solvers
+from .loading import list_bundled_solvers
 from .process import FlowMatching, NoiseProcess, VariancePreserving, process_from_config, time_grid
-from .scheduler import SearchedSolverScheduler, list_bundled_solvers
+from .scheduler import SearchedSolverScheduler
 from .serialization import SolverFile, SolverFileError, load_solver_file, save_solver_file
 from .solver import SearchedSolver, tensor_step
 

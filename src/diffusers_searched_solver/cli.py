@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from . import check_command, convert
 from .hub import list_hub_solvers
-from .scheduler import SearchedSolverScheduler, list_bundled_solvers
+from .loading import list_bundled_solvers
+from .scheduler import SearchedSolverScheduler
 from .serialization import SolverFile, load_solver_file
 from .solver import SearchedSolver
 from .terminal import printable, summary, table

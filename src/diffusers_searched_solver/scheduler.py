@@ -4,7 +4,6 @@ import inspect
 import math
 import operator
 import os
-import reprlib
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,29 +11,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler, SchedulerMixin
-from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
-from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 
+from .loading import (
+    BUNDLED_SOLVERS,
+    ConnectionBroken,
+    cannot_load,
+    check_config,
+    find_solver_file,
+    list_bundled_solvers,
+    solver_from_hub,
+)
 from .process import prediction_type_from_config, process_from_config, time_grid
-from .serialization import MAX_BYTES, SOLVER_FILE, SolverFile, SolverFileError, load_solver_file, save_solver_file
+from .serialization import MAX_BYTES, SOLVER_FILE, SolverFile, load_solver_file, save_solver_file
 from .solver import SearchedSolver
 
 
 logger = logging.get_logger(__name__)
 
 BETAS = ("beta_start", "beta_end", "beta_schedule")
-# What the HTTP library of the Hub client raises, whichever it is, when a connection breaks for good.
-_ConnectionBroken = HfHubHTTPError.__bases__[0]
-BUNDLED_SOLVERS = Path(__file__).parent / "solvers"
 
 
 @dataclass
@@ -49,11 +46,6 @@ class SearchedSolverSchedulerOutput(BaseOutput):
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor | None = None
-
-
-def list_bundled_solvers() -> list[str]:
-    """Names of the solvers that ship with this package, for [`SearchedSolverScheduler.from_pretrained`]."""
-    return sorted(folder.name for folder in BUNDLED_SOLVERS.iterdir() if (folder / SOLVER_FILE).is_file())
 
 
 class _Run:
@@ -200,21 +192,21 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
         }
         folder = Path(source, subfolder or "")
         if not folder.is_relative_to(source) or ".." in Path(subfolder or "").parts:
-            raise _cannot_load(name, ValueError(f"`subfolder` is {subfolder!r}, which leads out of it."))
+            raise cannot_load(name, ValueError(f"`subfolder` is {subfolder!r}, which leads out of it."))
         if os.path.isdir(source) and not (folder / cls.config_name).is_file():
             # Without a config in the sub-folder, diffusers would take the one above it.
-            raise _cannot_load(name, FileNotFoundError(f"'{folder}' has no file named {cls.config_name}."))
+            raise cannot_load(name, FileNotFoundError(f"'{folder}' has no file named {cls.config_name}."))
         try:
             config, kwargs, commit_hash = cls.load_config(
                 source, subfolder=subfolder, return_unused_kwargs=True, return_commit_hash=True, **kwargs
             )
-        except (OSError, ValueError, _ConnectionBroken) as error:
-            raise _cannot_load(name, error) from error
+        except (OSError, ValueError, ConnectionBroken) as error:
+            raise cannot_load(name, error) from error
         if os.path.isdir(source):
             path = folder / SOLVER_FILE
             solver = load_solver_file(path) if os.path.lexists(path) else None
         else:
-            solver = _load_from_hub(name, subfolder, commit_hash, hub_kwargs)
+            solver = solver_from_hub(name, subfolder, commit_hash, hub_kwargs)
         if solver is None:
             logger.warning(
                 f"'{name}' has no '{SOLVER_FILE}', so this scheduler is a classical second-order multistep scheduler. "
@@ -242,17 +234,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
                 f"'{json_file}' cannot be read as JSON ({error}). If it was damaged on its way, `force_download=True` "
                 "fetches it anew."
             ) from error
-        if not isinstance(config, dict):
-            raise ValueError(f"'{json_file}' holds a JSON {type(config).__name__}, expected an object.")
-        # diffusers makes keyword arguments and attributes of the keys, and imports the class that is named.
-        odd = [key for key in config if hasattr(FrozenDict, key) or key in ("self", "dtype")]
-        class_name, defaults = config.get("_class_name", cls.__name__), config.get("_use_default_values", [])
-        if isinstance(class_name, str) and not class_name.endswith("Scheduler"):
-            odd.append("_class_name")
-        if not isinstance(defaults, list) or not all(isinstance(key, str) for key in defaults):
-            odd.append("_use_default_values")
-        if odd:
-            raise ValueError(f"'{json_file}' is no scheduler's config: `{odd[0]}` is {reprlib.repr(config[odd[0]])}.")
+        check_config(json_file, config)
         return config
 
     @classmethod
@@ -289,7 +271,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _set_solver(self, solver):
         if isinstance(solver, (str, os.PathLike)):
-            solver = _find_solver_file(Path(solver))
+            solver = find_solver_file(Path(solver))
         if isinstance(solver, SearchedSolver):
             solver = SolverFile({solver.num_steps: solver}, self.process, self.config.prediction_type)
         if solver.process.kind != self.process.kind:
@@ -645,68 +627,3 @@ def _carry_over(file: SolverFile, process) -> SolverFile:
             f"of its noise levels. {error} Search one for this model with `accelerate launch search/run.py`."
         ) from error
     return replace(file, solvers=solvers, process=process)
-
-
-def _find_solver_file(path: Path) -> SolverFile:
-    candidates = [path, path / SOLVER_FILE]
-    if str(path) in list_bundled_solvers():
-        candidates.append(BUNDLED_SOLVERS / path / SOLVER_FILE)
-    for candidate in candidates:
-        if candidate.is_file():
-            return load_solver_file(candidate)
-    raise FileNotFoundError(
-        f"No solver file at '{path}' or '{path / SOLVER_FILE}', and no bundled solver of that name: expected a path "
-        f"or one of {', '.join(list_bundled_solvers())}. For a Hub repository use "
-        "`SearchedSolverScheduler.from_pretrained(repo_id)`."
-    )
-
-
-def _load_from_hub(repo_id: str, subfolder: str | None, commit_hash: str | None, hub_kwargs) -> SolverFile | None:
-    """The solver of the same commit as the config, or None if that commit has none."""
-    filename = f"{subfolder}/{SOLVER_FILE}" if subfolder else SOLVER_FILE
-    hub_kwargs = {**hub_kwargs, "revision": commit_hash or hub_kwargs.get("revision")}
-    try:
-        return load_solver_file(hf_hub_download(repo_id, filename, **hub_kwargs))
-    except SolverFileError as error:
-        raise SolverFileError(
-            f"{error} The file is from commit {commit_hash} of '{repo_id}'. If it was damaged on its way, "
-            "`from_pretrained(..., force_download=True)` fetches it anew."
-        ) from error
-    except EntryNotFoundError as error:
-        cached = try_to_load_from_cache(repo_id, filename, hub_kwargs.get("cache_dir"), hub_kwargs["revision"])
-        if not isinstance(error, LocalEntryNotFoundError) or cached is _CACHED_NO_EXIST:
-            return None
-        raise _cannot_load(repo_id, error) from error
-    except (OSError, ValueError, _ConnectionBroken) as error:
-        raise _cannot_load(repo_id, error) from error
-
-
-def _cannot_load(name: str, error: Exception) -> EnvironmentError:
-    """What to tell a user for whom `name` could not be loaded."""
-    # diffusers raises anew, and its message does not tell these from each other.
-    causes = [error]
-    while cause := causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(cause)
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
-        reason = (
-            f"its owner has gated it. Ask for access at {constants.ENDPOINT}/{name}, then pass `token` or log in with "
-            "`hf auth login`."
-        )
-    elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        reason = (
-            "it is not a folder, and the Hub has no such repository, or not for you. If it is private, pass a `token` "
-            "that opens it or log in with `hf auth login`."
-        )
-    elif any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
-        reason = (
-            "it is not a folder, a part of it is not in the cache, and the Hub was not asked (`local_files_only` or "
-            "HF_HUB_OFFLINE) or did not answer. Try again with a connection."
-        )
-    elif not isinstance(error, (OSError, ValueError)):
-        reason = f"the connection to the Hub broke ({error}). Try again."
-    else:
-        reason = str(error)
-    return OSError(
-        f"Cannot load a scheduler from '{name}': {reason}\nExpected a folder written by `save_pretrained` or by "
-        f"`search/run.py`, a bundled solver ({', '.join(list_bundled_solvers())}), or a Hub repository."
-    )
