@@ -44,6 +44,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--solver is for --evaluate-only, and its results have no model card to push to the Hub")
     if parsed.num_steps is None and not parsed.evaluate_only:
         parsed.num_steps = NUM_STEPS
+    if parsed.guidance_scale is not None and len(parsed.guidance_scale) == 1:
+        (parsed.guidance_scale,) = parsed.guidance_scale
     for name, value in DEFAULTS[parsed.fitter].items():
         if getattr(parsed, name) is None:
             setattr(parsed, name, value)
@@ -60,7 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--output-dir", type=Path, required=True, help="where the solver, the report and the images go")
     add("--class-labels", nargs="+", help="ids or names (default: all that the pipeline knows)")
     add("--prompts", nargs="+", help="prompts, used in turn")
-    add("--guidance-scale", type=float, help="default: the pipeline's own; 1 for --fitter gradient, as in the paper")
+    add(
+        "--guidance-scale",
+        type=float,
+        nargs="+",
+        help="one, or several that the solver has to serve (default: the pipeline's own; 1 for --fitter gradient)",
+    )
     add("--call-kwargs", type=json.loads, default={}, help="further arguments of the pipeline's call, as JSON")
     add("--num-samples", type=int, help=_defaults("noises to fit", "num_samples"))
     add("--num-eval-samples", type=int, default=256, help="held-out noises to measure on (default: 256)")

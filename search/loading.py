@@ -1,9 +1,11 @@
 """From command-line words to a pipeline and its conditions."""
 
 import inspect
+import math
 import os
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
@@ -67,7 +69,7 @@ def build_conditions(
     pipe: DiffusionPipeline,
     class_labels: Sequence[str] | None,
     prompts: Sequence[str] | None,
-    guidance_scale: float | None,
+    guidance_scale: float | Sequence[float] | None,
     call_kwargs: Mapping,
 ) -> list[dict]:
     """
@@ -76,7 +78,7 @@ def build_conditions(
     Args:
         class_labels: Ids or names that the pipeline knows; by default all of them, if it takes class labels.
         prompts: Prompts.
-        guidance_scale: By default the pipeline's own.
+        guidance_scale: By default the pipeline's own. Of several, each goes with each class label or prompt.
         call_kwargs: Further arguments of every call.
 
     Raises:
@@ -87,9 +89,11 @@ def build_conditions(
     common = {
         key: tuple(value) if isinstance(value, list) and key not in per_sample else value
         for key, value in call_kwargs.items()
-    } | ({} if guidance_scale is None else {"guidance_scale": guidance_scale})
+    }
+    scales = [] if guidance_scale is None else np.atleast_1d(guidance_scale).tolist()
     parameters = inspect.signature(type(pipe).__call__).parameters
-    for key in [*common, *(["class_labels"] if class_labels else []), *(["prompt"] if prompts else [])]:
+    wanted = {"class_labels": class_labels, "prompt": prompts, "guidance_scale": scales}
+    for key in [*common, *(key for key, values in wanted.items() if values)]:
         if key not in parameters:
             raise ValueError(
                 f"{type(pipe).__name__} takes no `{key}`. It takes {', '.join(list(parameters)[1:])}; leave the "
@@ -99,7 +103,15 @@ def build_conditions(
         class_labels = [str(index) for index in _all_labels(pipe)]
     varied = [{"class_labels": [_label_id(pipe, label)]} for label in class_labels or ()]
     varied += [{"prompt": prompt} for prompt in prompts or ()]
-    return [{**common, **condition} for condition in varied or [{}]]
+    conditions = [{**common, **condition} for condition in varied or [{}]]
+    if not scales:
+        return conditions
+    # In such an order that the first few conditions have all scales alike, and different labels.
+    period = math.lcm(len(conditions), len(scales))
+    return [
+        {**conditions[i % len(conditions)], "guidance_scale": scales[(i + i // period) % len(scales)]}
+        for i in range(len(conditions) * len(scales))
+    ]
 
 
 def _all_labels(pipe: DiffusionPipeline) -> list[int]:

@@ -59,7 +59,7 @@ def _provenance(report: Mapping) -> dict[str, str]:
     return {
         "base_model": report["pipeline"],
         "license": report["license"],
-        "guidance_scale": str(report["guidance_scale"] or "the pipeline's default"),
+        "guidance_scale": str(report["guidance_scale"] or "the pipeline's default").strip("[]"),
         "fitter": report["search"]["fitter"],
         "teacher": f"{report['search']['teacher_steps']} steps",
         "endpoint_errors": json.dumps(errors),

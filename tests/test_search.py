@@ -1,8 +1,10 @@
 """The search, on the shipped pipelines: real diffusers pipelines with trained networks."""
 
+import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from search.field import NetworkCalls, PipelineField
 from search.loading import build_conditions, load_pipeline
 from search.parameters import SolverFamily
 from search.rollout import Run, endpoint_errors, rollout, root_mean_square
-from search.strategy import EVALUATION_SEEDS, split_seeds
+from search.strategy import EVALUATION_SEEDS, NUM_SAMPLES, split_seeds
 from search.teacher import make_batches, teacher_solver
 
 
@@ -153,6 +155,18 @@ def test_all_class_labels_are_searched_by_default(pipe):
     ]
 
 
+def test_several_guidance_scales_go_with_every_label_and_alike_with_the_first(pipe):
+    scales = [1.0, 2.0, 3.0, 4.0]
+    found = [(c["class_labels"][0], c["guidance_scale"]) for c in build_conditions(pipe, None, None, scales, {})]
+    assert sorted(found) == sorted(itertools.product(range(10), scales))
+    assert {label for label, _ in found[:10]} == set(range(10))
+    assert Counter(scale for _, scale in found[:NUM_SAMPLES]) == dict.fromkeys(scales, 4)
+    assert build_conditions(pipe, ["3"], None, scales[:2], {}) == [
+        {"class_labels": [3], "guidance_scale": 1.0},
+        {"class_labels": [3], "guidance_scale": 2.0},
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -178,11 +192,13 @@ def run_py(*arguments, cwd=ROOT):
     return subprocess.run([*command, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("name", ["digits-dit", "digits-sit"])
-def test_accelerate_launch_writes_what_from_pretrained_loads(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "scales", "said"), [("digits-dit", [2], "scale 2.0"), ("digits-sit", [1, 3], "scales 1.0, 3.0")]
+)
+def test_accelerate_launch_writes_what_from_pretrained_loads(tmp_path, name, scales, said):
     out = tmp_path / "out"
     options = ["--num-steps", 3, 4, "--num-samples", 4, "--num-eval-samples", 8, "--teacher-steps", 12, "--seed", 1]
-    result = run_py("--pipeline", EXAMPLES / name, "--output-dir", out, "--guidance-scale", 2, *options)
+    result = run_py("--pipeline", EXAMPLES / name, "--output-dir", out, "--guidance-scale", *scales, *options)
     assert result.returncode == 0, result.stderr
     assert "searched / this" in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -198,6 +214,7 @@ def test_accelerate_launch_writes_what_from_pretrained_loads(tmp_path, name):
     assert set(report["evaluation"]["results"]) == {"3", "4"}
     assert report["search"]["cost_with_teacher"]["3"]["network_calls"] > report["search"]["teacher_network_calls"] > 0
     assert Image.open(out / "images.png").width > 300
+    assert f"guidance {said}" in (out / "README.md").read_text()
     pipe = load_pipeline(str(EXAMPLES / name), torch.float32, torch.device("cpu"))
     pipe.scheduler = SearchedSolverScheduler.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
