@@ -15,6 +15,7 @@ from diffusers_searched_solver.hub import TAG
 from diffusers_searched_solver.serialization import write_whole
 
 from .evaluate import is_diffusers_scheduler
+from .image_metrics import COLUMNS, columns_of
 
 
 TEMPLATE = "card_template.md"
@@ -93,10 +94,13 @@ def _text(report: Mapping, results: Mapping[int, Sequence[Mapping]], name: str, 
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": _number, "code": _code}
+    environment.filters |= {"number": _number, "code": _code, "metric_title": COLUMNS.get}
+    metrics = report["evaluation"].get("image_metrics", {})
     return environment.get_template(TEMPLATE).render(
         report=report,
         results=results,
+        metrics=metrics,
+        columns=columns_of([row for rows in metrics.get("results", {}).values() for row in rows]),
         summary={n: _summary(rows) for n, rows in results.items()},
         title=_title(name),
         step_counts=_listed(results),

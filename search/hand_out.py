@@ -55,10 +55,7 @@ class HandOutScheduler(SearchedSolverScheduler):
 
     def step(self, model_output, timestep, sample, *args, per_token_timesteps=None, return_dict=True, **kwargs):
         self._check_time(timestep)
-        if self.config.variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
-            model_output = model_output.chunk(2, dim=1)[0]
-        if per_token_timesteps is not None:
-            model_output = -model_output
+        model_output = self._output(model_output, sample, per_token_timesteps)
         # A copy, because a compiled network may use the memory of its output again.
         x, timestep, differentiable = self.driver.switch((model_output.clone(), sample))
         torch.set_grad_enabled(differentiable)

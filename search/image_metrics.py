@@ -227,9 +227,14 @@ def _read_images(files: Sequence[Path]) -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
+def columns_of(rows: Sequence[Mapping]) -> list[str]:
+    """The metrics that some of the rows have."""
+    return [name for name in COLUMNS if any(name in row for row in rows)]
+
+
 def format_metrics(rows: Sequence[Mapping]) -> str:
     """Rows of metrics as a table for the terminal."""
-    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    columns = columns_of(rows)
     lines = [f"{'solver':18}" + "".join(f"{COLUMNS[name]:>11}" for name in columns)]
     for row in rows:
         values = (f"{row[name]:11.4g}" if name in row else f"{'':11}" for name in columns)

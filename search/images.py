@@ -10,11 +10,11 @@ from PIL import Image, ImageChops, ImageDraw
 from tqdm import tqdm
 
 from diffusers_searched_solver import SearchedSolverScheduler
+from diffusers_searched_solver.check import teacher_solver
 
 from .baselines import diffusers_schedulers
 from .evaluate import is_diffusers_scheduler
 from .processes import quiet
-from .teacher import teacher_solver
 
 
 MIN_TILE = 64

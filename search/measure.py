@@ -8,6 +8,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver import SearchedSolver, process_from_config
+from diffusers_searched_solver.check import teacher_solver
 
 from .baselines import classical_solvers
 from .cache import TeacherCache
@@ -18,7 +19,7 @@ from .image_metrics import COLUMNS, format_metrics, measure_images
 from .progress import MEASURING, Progress
 from .rollout import Batch, rollout, root_mean_square, sample_errors
 from .strategy import EVALUATION_SEEDS, TUNING_SEEDS, split_seeds
-from .teacher import make_batches, teacher_solver
+from .teacher import make_batches
 from .trajectory import compare_trajectories, teacher_trajectory
 
 

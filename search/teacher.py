@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_searched_solver import NoiseProcess, SearchedSolver, time_grid
-from diffusers_searched_solver.process import log_snr_grid
+from diffusers_searched_solver.check import teacher_solver
 
 from .cache import TeacherCache
 from .field import FieldError, NetworkCalls, PipelineField, describe, merge_conditions
@@ -19,12 +18,6 @@ from .rollout import Batch
 logger = logging.getLogger(__name__)
 
 NO_CACHE = TeacherCache()
-
-
-def teacher_solver(process: NoiseProcess, num_steps: int) -> SearchedSolver:
-    """Adams-Bashforth of order 3 on velocities, on the grid where it converges fastest for the process."""
-    grid = time_grid if process.kind == "flow_matching" else log_snr_grid
-    return SearchedSolver.adams_bashforth(*grid(process, num_steps), "velocity", order=3)
 
 
 def make_batches(

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from diffusers_searched_solver import SearchedSolver
+from diffusers_searched_solver.check import teacher_solver
 
 from .rollout import Batch, Run, rollout, root_mean_square, sample_errors
-from .teacher import teacher_solver
 
 
 # Of the classical coefficients that a searched solver's are shown beside.

@@ -17,6 +17,7 @@ from torch import nn
 from torchmetrics.image.inception import InceptionScore
 
 from diffusers_searched_solver import SearchedSolverScheduler, process_from_config
+from diffusers_searched_solver.check import teacher_solver
 from search import image_metrics
 from search.feature_network import FeatureNetwork
 from search.field import NetworkCalls
@@ -32,7 +33,6 @@ from search.metrics import (
 )
 from search.rollout import rollout
 from search.strategy import EVALUATION_SEEDS, split_seeds
-from search.teacher import teacher_solver
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

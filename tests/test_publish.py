@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 from diffusers_searched_solver import SearchedSolverScheduler, list_hub_solvers
 from diffusers_searched_solver.serialization import SOLVER_FILE
 from search.card import check_place, write_card
+from search.image_metrics import COLUMNS
 from search.loading import hub_repository
 from search.publish import FILES, PublishError, check_target, publish
 from search.publish import main as publish_main
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 REPO = "org/digits-solver"
 SEARCH = f"""
     --pipeline {ROOT / "examples" / "digits-sit"} --num-steps 2 4 --num-samples 4 --num-eval-samples 8
-    --teacher-steps 8 --guidance-scale 2
+    --teacher-steps 8 --guidance-scale 2 --image-metrics 8 --feature-network {ROOT / "examples" / "digits_features.py"}
 """.split()
 INJECTION = '"] | **x** </td><script>attack()</script>\n---\n````\n# [y](javascript:z) ![i](http://evil/i)'
 
@@ -96,6 +97,10 @@ def test_the_card_has_the_reports_numbers_exactly(folder):
             expected[f"{num_steps} steps", name] = (value, interval)
     assert len(expected) >= 2 * 8
     assert found == expected
+    for num_steps, rows in evaluation["image_metrics"]["results"].items():
+        for row in rows:
+            shown = "|".join(f" {row[name]:#.3g} ".replace(". ", " ") if name in row else "  " for name in COLUMNS)
+            assert f"| {num_steps} | {row['solver']} |{shown}|" in card_of(folder).splitlines()
 
 
 def test_every_number_in_the_text_of_the_card_is_in_the_report(folder):
@@ -113,7 +118,7 @@ def test_every_number_in_the_text_of_the_card_is_in_the_report(folder):
 
     collect(report)
     cells = [cell for line in text.splitlines() if line.startswith("|") for cell in line.split("|")]
-    figures = [number for cell in cells for number in re.findall(r"(?<![\w.])\d+\.\d+", cell)]
+    figures = [number for cell in cells for number in re.findall(r"(?<![\w.])\d+\.\d+(?:e-\d+)?", cell)]
     rows = [row for rows in report["evaluation"]["results"].values() for row in rows]
     settings = {word for row in rows for word in row["setting"].split()}
     assert len(figures) > 40
@@ -180,6 +185,9 @@ def test_strings_from_elsewhere_are_text_in_the_card(folder):
     for rows in report["evaluation"]["results"].values():
         for row in rows:
             row["setting"] = INJECTION
+    report["evaluation"]["image_metrics"] |= {"feature_network": INJECTION, "reference": INJECTION}
+    for rows in report["evaluation"]["image_metrics"]["results"].values():
+        rows[0]["solver"] = INJECTION
     change_report(
         folder,
         evaluation=report["evaluation"],

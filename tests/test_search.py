@@ -14,6 +14,7 @@ from diffusers import DiTPipeline
 from PIL import Image
 
 from diffusers_searched_solver import SearchedSolverScheduler, time_grid
+from diffusers_searched_solver.check import teacher_solver
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
 from search import search_solver
 from search.evaluate import compare
@@ -22,7 +23,7 @@ from search.loading import build_conditions, load_pipeline
 from search.parameters import SolverFamily
 from search.rollout import Run, endpoint_errors, rollout, root_mean_square
 from search.strategy import EVALUATION_SEEDS, NUM_SAMPLES, split_seeds
-from search.teacher import make_batches, teacher_solver
+from search.teacher import make_batches
 
 
 ROOT = Path(__file__).parent.parent

@@ -8,9 +8,10 @@ import torch
 from diffusers import DiTPipeline
 
 from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePreserving, time_grid
+from diffusers_searched_solver.check import teacher_solver
 from search.field import NetworkCalls
 from search.rollout import Run, endpoint_errors, root_mean_square
-from search.teacher import make_batches, teacher_solver
+from search.teacher import make_batches
 from search.trajectory import Trajectory, compare_trajectories, teacher_trajectory, with_classical_coefficients
 
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 
-from .process import log_snr_grid, process_from_config, time_grid
+from .process import NoiseProcess, log_snr_grid, time_grid
 from .scheduler import SearchedSolverScheduler
 from .serialization import SolverFile
 from .solver import SearchedSolver
@@ -91,7 +91,8 @@ def check_solver(
         raise ValueError(f"There are {len(calls)} samples, expected at least {MIN_SAMPLES} to tell skill from chance.")
     own = pipe.scheduler
     searched = SearchedSolverScheduler.from_config(own.config, solver=solver)
-    reference = SearchedSolverScheduler.from_config(own.config, solver=_reference(own.config))
+    teacher = teacher_solver(searched.process, REFERENCE_STEPS)
+    reference = SearchedSolverScheduler.from_config(own.config, solver=teacher)
     errors = {count: ([], []) for count in num_steps or solver.step_counts}
     for count in errors:
         searched.set_timesteps(count)  # Raises early if there is none.
@@ -116,11 +117,10 @@ def count_steps(num_steps: Sequence[int], num_samples: int) -> int:
     return REFERENCE_STEPS + num_samples * (REFERENCE_STEPS + 2 * sum(num_steps))
 
 
-def _reference(config: Mapping) -> SearchedSolver:
-    """Adams-Bashforth of order 3 on the grid where it converges fastest for the process."""
-    process = process_from_config(config)
+def teacher_solver(process: NoiseProcess, num_steps: int) -> SearchedSolver:
+    """Adams-Bashforth of order 3 on velocities, on the grid where it converges fastest for the process."""
     grid = time_grid if process.kind == "flow_matching" else log_snr_grid
-    return SearchedSolver.adams_bashforth(*grid(process, REFERENCE_STEPS), "velocity", order=3)
+    return SearchedSolver.adams_bashforth(*grid(process, num_steps), "velocity", order=3)
 
 
 def _end(pipe, scheduler: SchedulerMixin, call: Mapping, num_steps: int, seed: int, on_step) -> torch.Tensor:

@@ -492,8 +492,7 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             NotImplementedError: If noise is asked for.
         """
         run, index = self._next_step(timestep)
-        if self.config.variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
-            model_output = model_output.chunk(2, dim=1)[0]
+        model_output = self._output(model_output, sample, per_token_timesteps)
         if model_output.shape != sample.shape:
             raise ValueError(
                 f"`model_output` has shape {tuple(model_output.shape)}, `sample` {tuple(sample.shape)}; expected the "
@@ -501,8 +500,6 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             )
         if eta:
             raise NotImplementedError("A searched solver is deterministic. Call the pipeline without `eta`.")
-        if per_token_timesteps is not None:
-            model_output = -model_output
         solver = run.solver
         prediction = solver.prediction(model_output, sample, index, self.config.prediction_type)
         run.history.append(prediction)
@@ -515,6 +512,12 @@ class SearchedSolverScheduler(SchedulerMixin, ConfigMixin):
             return (prev_sample,)
         data = solver.data(prediction, sample, index).to(model_output.dtype)
         return SearchedSolverSchedulerOutput(prev_sample, data) if return_dict else (prev_sample, data)
+
+    def _output(self, model_output, sample, per_token_timesteps) -> torch.Tensor:
+        """The part of what a pipeline hands to `step` that is of the config's `prediction_type`, with that sign."""
+        if self.config.variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output.chunk(2, dim=1)[0]
+        return model_output if per_token_timesteps is None else -model_output
 
     def _next_step(self, timestep) -> tuple["_Run", int]:
         """The run, and the index of the step that is due in it."""

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from diffusers_searched_solver import NoiseProcess, SearchedSolver
+from diffusers_searched_solver.check import teacher_solver
 from search.baselines import classical_solvers
 from search.field import NetworkCalls
 from search.gauss_newton import MIN_GAIN, gauss_newton_iteration
 from search.parameters import FRAME, Entry, SolverFamily
 from search.rollout import Run, endpoint_errors, rollout, root_mean_square
 from search.strategy import MAX_CALLS, ORDER, TEACHER_STEPS, Problem
-from search.teacher import teacher_solver
 
 
 class TimesFamily(SolverFamily):
