@@ -88,7 +88,12 @@ def offloaded_by_model(pipe):
 
 
 def quantised(pipe):
-    torchao = pytest.importorskip("torchao.quantization", exc_type=ImportError)  # it needs a recent torch
+    torch.ao.quantization.quantize_dynamic(pipe.transformer, {torch.nn.Linear}, inplace=True)
+
+
+def quantised_by_torchao(pipe):
+    """Where torchao is installed: diffusers imports it then, which takes seconds."""
+    torchao = pytest.importorskip("torchao.quantization", exc_type=ImportError)
     torchao.quantize_(pipe.transformer, torchao.Int8WeightOnlyConfig())
 
 
@@ -100,6 +105,7 @@ def in_float16(pipe):
     pipe.to(torch.float16)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "change",
     [
@@ -108,6 +114,7 @@ def in_float16(pipe):
         offloaded_by_layer,
         offloaded_by_model,
         quantised,
+        quantised_by_torchao,
         in_bfloat16,
         in_float16,
     ],

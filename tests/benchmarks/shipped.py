@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 from huggingface_hub import cached_assets_path
 
@@ -44,16 +44,17 @@ MEASURING_BATCH = 64
 
 class Benchmark:
     """
-    A shipped pipeline at one guidance scale.
+    A shipped pipeline at one guidance scale, or for several.
 
     The held-out noises and the teacher's end points are the same for every solver that is measured.
 
     Args:
         name (`str`): One of `PIPELINES`.
-        guidance_scale (`float`): Of searches and measurements.
+        guidance_scale: Of searches and measurements; one or several.
         classes: What searches sample, in turn, and what the best setting of a rival is found on.
         held_out: Of `HALVES`, what solvers are measured on.
         dtype: Of the networks.
+        change: What is done to the pipeline first.
 
     Attributes:
         calls (`NetworkCalls`): What searches spend; measurements are counted elsewhere.
@@ -62,15 +63,17 @@ class Benchmark:
     def __init__(
         self,
         name: str,
-        guidance_scale: float,
+        guidance_scale: float | Sequence[float],
         classes: Sequence[int] = CLASSES,
         held_out: Sequence[Sequence[int]] = HALVES,
         dtype: torch.dtype = torch.float32,
+        change: Callable[[DiffusionPipeline], None] = lambda pipe: None,
     ):
         torch.set_num_threads(1)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.pipe = load_pipeline(str(EXAMPLES / name), dtype, torch.device("cpu"))
+        change(self.pipe)
         self.guidance_scale, self.classes, self._halves = guidance_scale, classes, held_out
         self.calls, self._measuring_calls = NetworkCalls(self.pipe), NetworkCalls(self.pipe)
         self._cache = TeacherCache(cached_assets_path("diffusers_searched_solver", "benchmarks", "teacher"))
