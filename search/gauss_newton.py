@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from diffusers_searched_solver import SearchedSolver
+
 from .parameters import Entry, SolverFamily
 from .processes import gather
 from .rollout import Batch, Run, rollout
@@ -164,8 +166,18 @@ def _difference_quotient(
     family: SolverFamily, entries: np.ndarray, entry: Entry, batch: Batch, run: Run
 ) -> torch.Tensor:
     """d x_N / d entry, shape (batch, elements of a sample)."""
-    changed = entries.copy()
-    changed[entry.index] += entry.change
+    solver, change = _neighbour(family, entries, entry)
     branch = Run(run.states[: entry.step + 1], run.history[: entry.known])
-    end = rollout(batch.field, family.solver(changed), branch).end
-    return ((end - run.end) / entry.change).flatten(1)
+    return ((rollout(batch.field, solver, branch).end - run.end) / change).flatten(1)
+
+
+def _neighbour(family: SolverFamily, entries: np.ndarray, entry: Entry) -> tuple[SearchedSolver, float]:
+    """The solver where an entry has changed, and by how much: less, and to either side, where nodes are in the way."""
+    change = entry.change
+    while True:
+        changed = entries.copy()
+        changed[entry.index] += change
+        try:
+            return family.solver(changed), change
+        except ValueError:
+            change = -change / 2

@@ -13,6 +13,9 @@ FIRST_GAP = 0.02
 # Two network calls at nearly one time would differ by noise alone, which large coefficients then amplify on other
 # samples. So gaps between calls are at least this share of those of a uniform grid.
 GAP_SHARE = 0.1
+# A difference quotient is best when a change grows with the square root of the rounding error. Up to this one, the
+# changes below are large enough; more than this many times as large, nodes would meet.
+EXACT, LARGEST_FACTOR = 1e-4, 10.0
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Entry:
         index (`int`): Its place among the entries.
         step (`int`): The first step whose outcome depends on it.
         known (`int`): How many predictions do not depend on it: p_0 ... p_(known-1).
-        change (`float`): A change that is small, but large against rounding.
+        change (`float`): A change that is small, but whose effect is large against rounding.
     """
 
     index: int
@@ -53,12 +56,14 @@ class SolverFamily:
         num_steps (`int`): N.
         order (`int`): Of the Adams-Bashforth table.
         offsets (`bool`): Whether o is searched.
+        rounding (`float`): `rounding_error` of the predictions.
 
     Source: for searched coefficients and step sizes by softmax, Wang et al., arXiv 2505.21114.
     """
 
-    def __init__(self, process: NoiseProcess, num_steps: int, order: int, offsets: bool):
+    def __init__(self, process: NoiseProcess, num_steps: int, order: int, offsets: bool, rounding: float = 0.0):
         self.process, self.num_steps, self.order, self.offsets = process, num_steps, order, offsets
+        self._change = float(np.clip(np.sqrt(rounding / EXACT), 1.0, LARGEST_FACTOR))
         self.rows, self.columns = np.tril_indices(num_steps)
         self._splits = [len(self.rows), len(self.rows) + num_steps]
         self._floor = np.full(num_steps + 1, GAP_SHARE / (num_steps + 1))
@@ -110,13 +115,13 @@ class SolverFamily:
     def searched(self, entries: np.ndarray, times_only: bool) -> list[Entry]:
         """The entries that a search changes: the node times only, or everything."""
         tau = np.split(entries, self._splits)[1]
-        moves = -0.05 * (tau - np.append(tau[1:], 0))
+        moves = -0.05 * self._change * (tau - np.append(tau[1:], 0))
         first = self._splits[0]
         # Node i is where step i - 1 ends.
         nodes = [Entry(first + i, max(i - 1, 0), i, moves[i]) for i in range(self.num_steps)]
         if times_only:
             return nodes
-        coefficients = [Entry(k, int(i), int(i) + 1, 0.02) for k, i in enumerate(self.rows)]
+        coefficients = [Entry(k, int(i), int(i) + 1, 0.02 * self._change) for k, i in enumerate(self.rows)]
         if not self.offsets:
             return coefficients + nodes
         offsets = [Entry(self._splits[1] + i, i, i, moves[i]) for i in range(self.num_steps)]

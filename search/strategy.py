@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver import NoiseProcess, SearchedSolver, SearchedSolverScheduler, time_grid
@@ -16,9 +17,10 @@ from .field import NetworkCalls
 from .gauss_newton import gauss_newton_iteration
 from .journal import Journal
 from .parameters import SolverFamily
-from .processes import gather, total
+from .processes import agree, gather, total
 from .progress import Finding
 from .rollout import Batch, endpoint_errors, root_mean_square
+from .rounding import rounding_error
 from .teacher import NO_CACHE, count_batches, make_batches
 
 
@@ -103,6 +105,7 @@ class Problem:
 
     Args:
         process, prediction_type: Of the pipeline.
+        rounding (`float`): Of its predictions.
         train, held_out: This process's samples to fit, and samples that judge.
         num_train_batches (`int`): Of all processes.
         teacher_calls (`int`): What the teacher's end points cost all processes.
@@ -110,6 +113,7 @@ class Problem:
 
     process: NoiseProcess
     prediction_type: str
+    rounding: float
     train: list[Batch]
     held_out: list[Batch]
     num_train_batches: int
@@ -149,9 +153,10 @@ def search_problem(
         make_batches(pipe, conditions, split_seeds(seed, split, count), batch_size, teacher_steps, calls, cache)
         for split, count in ((TRAIN_SEEDS, num_samples), (HELD_OUT_SEEDS, max(1, num_samples // 4)))
     )
+    rounding = agree(rounding_error(train[0].field) if PartialState().is_main_process else None)
     num_batches = count_batches(conditions, num_samples, batch_size)
     spent = total(calls.count - before)
-    return Problem(own.process, own.config.prediction_type, train, held_out, num_batches, spent)
+    return Problem(own.process, own.config.prediction_type, rounding, train, held_out, num_batches, spent)
 
 
 def _digest(*tensors: torch.Tensor) -> str:
@@ -190,7 +195,7 @@ def fit_solver(
     Yields:
         `SearchedSolver`: After every iteration, the visited one of the smallest error on the samples that judge.
     """
-    family = make_family(problem.process, problem.prediction_type, num_steps)
+    family = make_family(problem.process, problem.prediction_type, num_steps, problem.rounding)
     quarter, half = problem.share_of_train(4), problem.share_of_train(2)
     start = journal.spent
     visited: list[tuple[float, SearchedSolver]] = []
@@ -225,9 +230,9 @@ def fit_solver(
             return
 
 
-def make_family(process: NoiseProcess, prediction_type: str, num_steps: int) -> SolverFamily:
+def make_family(process: NoiseProcess, prediction_type: str, num_steps: int, rounding: float = 0.0) -> SolverFamily:
     """The solvers among which a search looks."""
-    return SolverFamily(process, num_steps, ORDER, offsets=prediction_type != "flow_prediction")
+    return SolverFamily(process, num_steps, ORDER, prediction_type != "flow_prediction", rounding)
 
 
 def start_grids(process: NoiseProcess, num_steps: int) -> list[np.ndarray]:

@@ -109,7 +109,11 @@ def patched(target, name: str, value) -> Search:
 
 def of_family(cls: type[SolverFamily], offsets: Callable[[str], bool] = lambda kind: kind != "flow_prediction"):
     """The search among other solvers."""
-    return patched(strategy, "make_family", lambda process, kind, n: cls(process, n, ORDER, offsets(kind)))
+
+    def family(process, kind, num_steps, rounding):
+        return cls(process, num_steps, ORDER, offsets(kind), rounding)
+
+    return patched(strategy, "make_family", family)
 
 
 def without_trials(problem, num_steps, calls) -> Iterator[SearchedSolver]:

@@ -1,0 +1,53 @@
+"""How exact predictions are, and how far that makes a search move a number to see what it does."""
+
+import numpy as np
+import pytest
+import torch
+from fields import DIGITS, load
+
+from diffusers_searched_solver import FlowMatching, VariancePreserving, time_grid
+from search.gauss_newton import _neighbour
+from search.parameters import Entry, SolverFamily
+from search.rounding import rounding_error
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", ["digits-dit", "digits-sit"])
+def test_the_rounding_error_is_that_of_the_dtype(name, open_field):
+    found = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found[dtype] = rounding_error(open_field(load(name).to(dtype), DIGITS, [0, 1]))
+    for dtype, error in found.items():
+        assert 0.3 < error / torch.finfo(dtype).eps < 10
+
+
+def test_activations_that_are_rounded_on_the_way_are_noticed(open_field):
+    pipe = load("digits-dit")
+    pipe.transformer.transformer_blocks[1].register_forward_hook(lambda module, args, out: out.bfloat16().float())
+    assert rounding_error(open_field(pipe, DIGITS, [0, 1])) > 5e-4
+
+
+def test_changes_grow_with_the_square_root_of_the_rounding_error_between_bounds():
+    def changes(rounding):
+        family = SolverFamily(FlowMatching(), 4, order=3, offsets=True, rounding=rounding)
+        entries = family.entries(family.vector(time_grid(FlowMatching(), 4)[0]))
+        return np.array([entry.change for entry in family.searched(entries, times_only=False)])
+
+    np.testing.assert_array_equal(changes(1e-6), changes(0.0))
+    np.testing.assert_allclose(changes(4e-3) / changes(1e-3), 2)
+    np.testing.assert_array_equal(changes(0.5), changes(1e-2))
+
+
+def test_a_change_that_leads_to_no_solver_is_made_smaller_and_to_the_other_side():
+    family = SolverFamily(VariancePreserving(), 3, order=3, offsets=True)
+    entries = family.entries(family.vector(time_grid(VariancePreserving(), 3)[0]))
+    first = len(family.rows)
+    gap = entries[first] - entries[first + 1]
+    solver, change = _neighbour(family, entries, Entry(first, 0, 0, -3 * gap))
+    assert gap / 4 < abs(change) < 2 * gap
+    expected = entries.copy()
+    expected[first] += change
+    np.testing.assert_array_equal(solver.timesteps, family.solver(expected).timesteps)
+    assert _neighbour(family, entries, Entry(first, 0, 0, -gap / 2))[1] == -gap / 2
