@@ -29,6 +29,13 @@ def test_activations_that_are_rounded_on_the_way_are_noticed(open_field):
     assert rounding_error(open_field(pipe, DIGITS, [0, 1])) > 5e-4
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_predictions_without_a_size_have_no_rounding_error(value, open_field):
+    pipe = load("digits-dit")
+    pipe.transformer.register_forward_hook(lambda module, args, out: (value * out[0],))
+    assert rounding_error(open_field(pipe, DIGITS, [0, 1])) == 0
+
+
 def test_changes_grow_with_the_square_root_of_the_rounding_error_between_bounds():
     def changes(rounding):
         family = SolverFamily(FlowMatching(), 4, order=3, offsets=True, rounding=rounding)
