@@ -46,7 +46,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parsed.num_steps = NUM_STEPS
     if parsed.guidance_scale is not None and len(parsed.guidance_scale) == 1:
         (parsed.guidance_scale,) = parsed.guidance_scale
-    for name, value in DEFAULTS[parsed.fitter].items():
+    scales = len(parsed.guidance_scale) if isinstance(parsed.guidance_scale, list) else 1
+    defaults = {**DEFAULTS[parsed.fitter], "max_calls": scales * MAX_CALLS}
+    if parsed.fitter == "gauss-newton":
+        defaults["num_samples"] *= scales
+    for name, value in defaults.items():
         if getattr(parsed, name) is None:
             setattr(parsed, name, value)
     if parsed.cache_dir is None:
@@ -66,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         "--guidance-scale",
         type=float,
         nargs="+",
-        help="one, or several that the solver has to serve (default: the pipeline's own; 1 for --fitter gradient)",
+        help="one, or several that the solver has to serve, each with as many noises and calls as one has by default "
+        "(default: the pipeline's own; 1 for --fitter gradient)",
     )
     add("--call-kwargs", type=json.loads, default={}, help="further arguments of the pipeline's call, as JSON")
     add("--num-samples", type=int, help=_defaults("noises to fit", "num_samples"))
@@ -82,12 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--teacher-steps", type=int, help=_defaults("of the teacher", "teacher_steps"))
     add("--fitter", choices=DEFAULTS, default="gauss-newton", help="gradient is the paper's (default: gauss-newton)")
     add("--iterations", type=int, default=ITERATIONS, help=f"over all noises to fit (default: {ITERATIONS})")
-    add(
-        "--max-calls",
-        type=int,
-        default=MAX_CALLS,
-        help=f"of a search with more than one iteration (default: {MAX_CALLS})",
-    )
+    add("--max-calls", type=int, help=f"of a search with more than one iteration (default: {MAX_CALLS})")
     add("--batch-size", type=int, default=BATCH_SIZE, help=f"samples in one pipeline call (default: {BATCH_SIZE})")
     add("--mixed-precision", choices=DTYPES, default="no", help="dtype of the networks (default: no, float32)")
     add("--seed", type=int, default=0, help="of all noises (default: 0)")

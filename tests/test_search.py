@@ -17,12 +17,13 @@ from diffusers_searched_solver import SearchedSolverScheduler, time_grid
 from diffusers_searched_solver.check import teacher_solver
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
 from search import search_solver
+from search.arguments import parse_arguments
 from search.evaluate import compare
 from search.field import NetworkCalls, PipelineField
 from search.loading import build_conditions, load_pipeline
 from search.parameters import SolverFamily
 from search.rollout import Run, endpoint_errors, rollout, root_mean_square
-from search.strategy import EVALUATION_SEEDS, NUM_SAMPLES, split_seeds
+from search.strategy import EVALUATION_SEEDS, MAX_CALLS, NUM_SAMPLES, split_seeds
 from search.teacher import make_batches
 
 
@@ -166,6 +167,18 @@ def test_several_guidance_scales_go_with_every_label_and_alike_with_the_first(pi
         {"class_labels": [3], "guidance_scale": 1.0},
         {"class_labels": [3], "guidance_scale": 2.0},
     ]
+
+
+def test_each_of_several_guidance_scales_has_as_many_noises_and_calls_as_one():
+    def defaults(*arguments):
+        args = parse_arguments(["--pipeline", "p", "--output-dir", "o", *arguments])
+        return args.guidance_scale, args.num_samples, args.max_calls
+
+    assert defaults() == (None, NUM_SAMPLES, MAX_CALLS)
+    assert defaults("--guidance-scale", "2") == (2.0, NUM_SAMPLES, MAX_CALLS)
+    assert defaults("--guidance-scale", "1", "3") == ([1.0, 3.0], 2 * NUM_SAMPLES, 2 * MAX_CALLS)
+    assert defaults("--guidance-scale", "1", "3", "--num-samples", "5", "--max-calls", "7") == ([1.0, 3.0], 5, 7)
+    assert defaults("--guidance-scale", "1", "3", "--fitter", "gradient")[1] == 50_000
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
@@ -86,7 +87,8 @@ class Benchmark:
     def problem(self, seed: int) -> Problem:
         """What a search with default settings fits."""
         if seed not in self._problems:
-            settings = NUM_SAMPLES, seed, TEACHER_STEPS, BATCH_SIZE, self.calls, self._cache
+            noises = NUM_SAMPLES * np.size(self.guidance_scale)
+            settings = noises, seed, TEACHER_STEPS, BATCH_SIZE, self.calls, self._cache
             self._problems[seed] = search_problem(self.pipe, self.conditions(self.classes), *settings)
         return self._problems[seed]
 
@@ -150,8 +152,9 @@ class Benchmark:
 def search(
     problem: Problem, num_steps: int, calls: NetworkCalls, iterations: int = ITERATIONS
 ) -> Iterator[SearchedSolver]:
-    """The search with default settings."""
-    return fit_solver(problem, num_steps, iterations, MAX_CALLS, Journal(calls), lambda line: None)
+    """The search with default settings, which allow more calls where more guidance scales have more noises."""
+    max_calls = MAX_CALLS * problem.num_train_batches * BATCH_SIZE // NUM_SAMPLES
+    return fit_solver(problem, num_steps, iterations, max_calls, Journal(calls), lambda line: None)
 
 
 def scheduler_error(batches: Sequence[Batch], scheduler: SchedulerMixin, num_steps: int) -> float:
