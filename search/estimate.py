@@ -12,11 +12,13 @@ from diffusers import DiffusionPipeline
 from diffusers_searched_solver import SearchedSolverScheduler, process_from_config, time_grid
 
 from .baselines import classical_solvers, diffusers_schedulers
+from .feature_network import FeatureNetwork
 from .field import NetworkCalls, PipelineField
+from .image_metrics import seconds_per_image
 from .measure import EVALUATION_BATCH_SIZE, EVALUATION_TEACHER, TUNING_SAMPLES
 from .memory import peak_memory
 from .parameters import Entry, SolverFamily
-from .progress import MEASURING, TEACHER
+from .progress import IMAGES, MEASURING, TEACHER
 from .strategy import make_family, split_seeds, start_grids
 from .teacher import count_batches, make_batches
 
@@ -26,12 +28,18 @@ USUAL_TRIALS = 4
 TIMED_STEPS = 16
 
 
-def estimate(pipe: DiffusionPipeline, conditions: Sequence[dict], args: argparse.Namespace) -> str:
+def estimate(
+    pipe: DiffusionPipeline,
+    conditions: Sequence[dict],
+    args: argparse.Namespace,
+    network: FeatureNetwork | None = None,
+) -> str:
     """
     Network calls, minutes and memory of a search and of its measurement, from a few timed calls of the pipeline.
 
     Args:
         args: The command line of `search/run.py`.
+        network (*optional*): What images are compared by.
 
     Returns:
         `str`: Lines for the terminal.
@@ -39,10 +47,13 @@ def estimate(pipe: DiffusionPipeline, conditions: Sequence[dict], args: argparse
     seconds, elements = _time_calls(pipe, conditions, args.batch_size)
     seconds_measuring, _ = _time_calls(pipe, conditions, EVALUATION_BATCH_SIZE)
     expected = expected_calls(pipe, conditions, args)
-    costs = {stage: (n, seconds_measuring if stage == MEASURING else seconds) for stage, n in expected.items()}
+    costs = {stage: n * (seconds_measuring if stage == MEASURING else seconds) for stage, n in expected.items()}
+    if network is not None:
+        each = seconds_per_image(pipe, conditions[0], args.batch_size, network)
+        costs[IMAGES] += args.image_metrics * each * (1 + len(args.num_steps) * _num_solvers(pipe))
     processes = PartialState().num_processes
-    lines = [f"{what}: {n:,} network calls, {_duration(n * each / processes)}" for what, (n, each) in costs.items()]
-    in_all = _duration(sum(n * each for n, each in costs.values()) / processes)
+    lines = [f"{stage}: {n:,} network calls, {_duration(costs[stage] / processes)}" for stage, n in expected.items()]
+    in_all = _duration(sum(costs.values()) / processes)
     lines.append(f"in all: {in_all} on {processes} process{'es' * (processes > 1)}")
     memory = peak_memory(pipe.device) / 2**20
     if args.fitter == "gradient":
@@ -67,7 +78,12 @@ def expected_calls(pipe: DiffusionPipeline, conditions: Sequence[dict], args: ar
         budget = (args.max_calls - teacher) / per_sample
         for family in _families(pipe, args):
             expected[f"{family.num_steps} steps"] = per_sample * _search_evaluations(family, conditions, args, budget)
-    return {**expected, MEASURING: per_sample * _measuring_evaluations(pipe, args)}
+    expected[MEASURING] = per_sample * _measuring_evaluations(pipe, args)
+    if args.image_metrics:
+        # To decode an image ends a call of the pipeline, and the next one has to be opened.
+        each = sum(num_steps + 1 for num_steps in args.num_steps) * _num_solvers(pipe)
+        expected[IMAGES] = per_sample * args.image_metrics * (EVALUATION_TEACHER * args.teacher_steps + 1 + each)
+    return expected
 
 
 def _families(pipe: DiffusionPipeline, args: argparse.Namespace) -> list[SolverFamily]:
@@ -124,17 +140,19 @@ def _searched(family: SolverFamily, times_only: bool) -> list[Entry]:
 
 def _measuring_evaluations(pipe: DiffusionPipeline, args: argparse.Namespace) -> int:
     """Evaluations of one sample that `measure` makes."""
-    samples = TUNING_SAMPLES + args.num_eval_samples + args.image_metrics
-    evaluations = EVALUATION_TEACHER * args.teacher_steps * samples
+    evaluations = EVALUATION_TEACHER * args.teacher_steps * (TUNING_SAMPLES + args.num_eval_samples)
     families = diffusers_schedulers(pipe.scheduler.config)
     process = process_from_config(pipe.scheduler.config)
     for num_steps in args.num_steps:
         tables = classical_solvers(process, num_steps)
         settings = len(tables) + sum(len(settings) for settings in families.values())
-        evaluations += num_steps * (TUNING_SAMPLES * settings + args.num_eval_samples * (len(families) + 2))
-        # To decode an image ends a call of the pipeline, and the next one has to be opened.
-        evaluations += (num_steps + 1) * args.image_metrics * (len(families) + 2)
+        evaluations += num_steps * (TUNING_SAMPLES * settings + args.num_eval_samples * _num_solvers(pipe))
     return evaluations
+
+
+def _num_solvers(pipe: DiffusionPipeline) -> int:
+    """The searched one, the best classical table and each of diffusers' families."""
+    return 2 + len(diffusers_schedulers(pipe.scheduler.config))
 
 
 def _duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,17 @@ def _describe(batch: Batch, contenders: Mapping[Hashable, Sampler], network: Fea
         described[key] = {**similarity(images, goals), **network(images)}
     batch.field.close()
     return described
+
+
+def seconds_per_image(pipe: DiffusionPipeline, condition: Mapping, batch_size: int, network: FeatureNetwork) -> float:
+    """What decoding an image and looking at it takes, from one batch."""
+    calls = NetworkCalls(pipe)
+    field = PipelineField(pipe, _for_arrays(condition), list(range(batch_size)), calls)
+    calls.remove()
+    started = time.perf_counter()
+    images = _images(field, field.noise)
+    network(images), similarity(images, images)
+    return (time.perf_counter() - started) / batch_size
 
 
 class _Rows:

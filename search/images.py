@@ -65,7 +65,7 @@ def draw_samples(
     rows = {num_steps: {**_shown(config, table), "searched": scheduler} for num_steps, table in sorted(tables.items())}
     teacher = SearchedSolverScheduler.from_config(config, solver=teacher_solver(scheduler.process, teacher_steps))
     steps = len(conditions) * (teacher_steps + sum(n * len(contenders) for n, contenders in rows.items()))
-    with tqdm(total=steps, desc="images", unit=" steps", disable=quiet(), smoothing=0) as progress:
+    with tqdm(total=steps, desc="drawing", unit=" steps", disable=quiet(), smoothing=0) as progress:
 
         def draw(with_scheduler: SchedulerMixin, num_steps: int) -> list[Image.Image]:
             images = []

@@ -16,7 +16,7 @@ from .evaluate import compare, format_table, samplers
 from .feature_network import FeatureNetwork
 from .field import NetworkCalls
 from .image_metrics import COLUMNS, format_metrics, measure_images
-from .progress import MEASURING, Progress
+from .progress import IMAGES, MEASURING, Progress
 from .rollout import Batch, rollout, root_mean_square, sample_errors
 from .strategy import EVALUATION_SEEDS, TUNING_SEEDS, split_seeds
 from .teacher import make_batches
@@ -78,6 +78,7 @@ def measure(
     for batch in [*tuning, *evaluation]:
         batch.field.close()
     if network is not None:
+        progress.begin(IMAGES)
         rivals = {n: samplers(solver, pipe.scheduler.config, results[str(n)]) for n, solver in solvers.items()}
         found["image_metrics"] = measure_images(pipe, conditions, rivals, network, teacher_steps, args, calls)
         for num_steps, rows in found["image_metrics"].get("results", {}).items():

@@ -10,7 +10,7 @@ from .processes import quiet
 
 
 # Of a run, beside one for each number of steps.
-TEACHER, MEASURING = "teacher", "measuring"
+TEACHER, MEASURING, IMAGES = "teacher", "measuring", "images"
 
 
 @dataclass(frozen=True)

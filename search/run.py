@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None):
         raise ValueError(f"`--num-eval-samples` is {args.num_eval_samples}, expected at least 2.")
     network = load_feature_network(pipe, conditions[0], args)
     if args.dry_run:
-        print(estimate(pipe, conditions, args))
+        print(estimate(pipe, conditions, args, network))
         return
     settings = {name: getattr(args, name) for name in SETTINGS} | {"version": version("diffusers-searched-solver")}
     journal = None
