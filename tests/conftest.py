@@ -1,10 +1,28 @@
-"""What the tests of `search/field.py` share."""
+"""Fixtures that several files of tests share."""
+
+import os
+import shutil
 
 import pytest
 import torch
 from fields import load
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
 
 from search.field import NetworkCalls, PipelineField
+
+
+BROWSER_OPTIONS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-first-run",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +55,21 @@ def open_field():
 @pytest.fixture(scope="module")
 def digits_dit():
     return load("digits-dit")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not (binary and driver):
+        # In CI a missing browser is a failure: `.ci/run` installs one.
+        missing = pytest.fail if os.environ.get("CI") else pytest.skip
+        missing("There is no chromium with chromedriver here. Install both to test the report in a browser.")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for option in (*BROWSER_OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, Service(driver))
+    yield driver
+    driver.quit()

@@ -12,7 +12,6 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from test_report import browser  # noqa: F401
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -48,7 +47,7 @@ def _answers(port: int) -> bool:
 
 
 @pytest.fixture()
-def page(browser, address):  # noqa: F811
+def page(browser, address):
     """The app, freshly opened; in the end nothing was fetched from elsewhere."""
     browser.get("about:blank")
     browser.get_log("browser"), browser.get_log("performance")

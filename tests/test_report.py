@@ -1,7 +1,6 @@
 """The report in a real browser: every control works, nothing overflows, nothing is fetched, nobody is left out."""
 
 import json
-import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -9,8 +8,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -22,17 +19,6 @@ from search.run import main
 
 
 ROOT = Path(__file__).parent.parent
-BROWSER_OPTIONS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-quic",
-    "--disable-sync",
-    "--no-first-run",
-)
 INJECTIONS = ('"><img src=x onerror=attack()>', "</script><script>attack()</script>", "</title><svg onload=attack()>")
 # Colours of all text that is shown, and of the backgrounds behind it, as [r, g, b] from 0 to 1.
 TEXT_COLOURS = """
@@ -70,24 +56,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(folder):
     return json.loads((folder / "report.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    binary = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not (binary and driver):
-        # In CI a missing browser is a failure: `.ci/run` installs one.
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing("There is no chromium with chromedriver here. Install both to test the report in a browser.")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for option in (*BROWSER_OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, Service(driver))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture()
