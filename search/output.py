@@ -56,10 +56,11 @@ def _provenance(report: Mapping) -> dict[str, str]:
         n: next(row["endpoint_error"] for row in rows if row["solver"] == "searched")
         for n, rows in report["evaluation"]["results"].items()
     }
+    scale = report["guidance_scale"]
     return {
         "base_model": report["pipeline"],
         "license": report["license"],
-        "guidance_scale": str(report["guidance_scale"] or "the pipeline's default").strip("[]"),
+        "guidance_scale": "the pipeline's default" if scale is None else str(scale).strip("[]"),
         "fitter": report["search"]["fitter"],
         "teacher": f"{report['search']['teacher_steps']} steps",
         "endpoint_errors": json.dumps(errors),
