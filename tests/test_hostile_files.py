@@ -147,6 +147,10 @@ PROCESSES = {
     "nan": (vp(beta_end=float("nan")), "`beta_end` is nan, expected a number"),
     "noise too small to see": (vp(beta_start=1e-30), "make no noise process: the signal must fall"),
     "an unknown schedule": (vp(beta_schedule="cubic"), "`beta_schedule` is 'cubic', which diffusers"),
+    "a schedule that nobody reads": (
+        vp(beta_schedule=[0.5] * 10**5, trained_betas=[0.01, 0.05, 0.2]),
+        "`beta_schedule` is .*, expected the name of one",
+    ),
     "betas that are text": (vp(trained_betas="0.1"), r"`trained_betas` is '0\.1', expected a list of numbers"),
     "a beta beyond one": (vp(trained_betas=[0.1, 1.5]), r"`trained_betas\[1\]` is 1\.5, expected"),
     "a beta beyond float64": (vp(trained_betas=[10**400]), "expected a list of numbers"),

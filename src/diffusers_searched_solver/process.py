@@ -130,6 +130,9 @@ class VariancePreserving:
         _check_number("beta_start", self.beta_start, 1)
         _check_number("beta_end", self.beta_end, 1)
         _check_number("snr_shift_scale", self.snr_shift_scale, 1e6)
+        if not isinstance(self.beta_schedule, str):
+            # With `trained_betas`, diffusers would never look at it.
+            raise ValueError(f"`beta_schedule` is {reprlib.repr(self.beta_schedule)}, expected the name of one.")
         if not isinstance(self.rescale_betas_zero_snr, bool):
             value = reprlib.repr(self.rescale_betas_zero_snr)
             raise ValueError(f"`rescale_betas_zero_snr` is {value}, expected True or False.")
