@@ -21,6 +21,7 @@ import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import diffusers
 import torch
 from mutations import CONFIG, MUTATIONS, mutate_place, write_good_folder
 
@@ -58,10 +59,7 @@ class Watch:
             return
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         if writes or event.startswith((*self.RUNNING, *self.WRITING)):
-            text = f"{event}{arguments}"
-            # diffusers imports the scheduler of its own that a config names.
-            if "diffusers.schedulers" not in text and "diffusers/schedulers" not in text:
-                self.events.append(text[:300])
+            self.events.append(f"{event}{arguments}"[:300])
 
     @contextlib.contextmanager
     def __call__(self):
@@ -129,7 +127,11 @@ def fuzz(cases: int, seed: int, workspace: Path) -> dict[str, Counter]:
     """
     good, folder, watch, outcomes = workspace / "good", workspace / "case", Watch(), defaultdict(Counter)
     write_good_folder(good, random.Random(seed))
-    load_and_run(good)  # What is imported on first use is imported now.
+    # What is imported on first use is imported now; diffusers imports the scheduler of its own that a config names.
+    load_and_run(good)
+    for name in dir(diffusers):
+        if name.endswith("Scheduler"):
+            getattr(diffusers, name)
     for case in range(cases):
         rng = random.Random(f"{seed} {case}")
         if case % 50 == 0:
