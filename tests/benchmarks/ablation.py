@@ -64,6 +64,9 @@ class FreeScales(SolverFamily):
     Nodes of any scale: alpha_i and sigma_i are multiplied by exp(s_i), i = 1 ... N - 1.
 
         entries = (d, tau, o, s),   vector = (d, z, o, s)
+
+    Every state is a weighted sum of the initial noise and the predictions, so coefficients on past states would free
+    one number more a step, the weight of the noise: this one.
     """
 
     def vector(self, timesteps: np.ndarray) -> np.ndarray:
