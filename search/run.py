@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from diffusers import DiffusionPipeline
 
+from diffusers_searched_solver.calls import build_conditions
 from search.arguments import DTYPES, parse_arguments
 from search.card import check_place
 from search.earlier import earlier_results
@@ -19,7 +20,7 @@ from search.estimate import estimate, expected_calls
 from search.field import FieldError, NetworkCalls
 from search.image_metrics import load_feature_network
 from search.journal import Journal
-from search.loading import build_conditions, hub_repository, load_pipeline, takes_guidance
+from search.loading import hub_repository, load_pipeline, takes_guidance
 from search.measure import final_numbers, measure
 from search.output import write_results
 from search.processes import LostProcessError

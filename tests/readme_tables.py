@@ -11,6 +11,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from search.evaluate import is_diffusers_scheduler
+from search.image_metrics import TEACHER
+
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "examples" / "results"
@@ -34,7 +37,7 @@ def results() -> Iterator[Sequence]:
         for num_steps, table in report["evaluation"]["results"].items():
             searched = next(row for row in table if row["solver"] == "searched")
             classical = next(row for row in table if row["solver"] == "classical table")
-            diffusers = next(row for row in table if row["solver"] not in ("searched", "classical table"))
+            diffusers = next(row for row in table if is_diffusers_scheduler(row))
             cost = report["search"]["cost_with_teacher"][num_steps]
             yield (
                 f"{name} ({KINDS[name]})",
@@ -52,7 +55,7 @@ def images() -> Iterator[Sequence]:
     for name in PIPELINES:
         for num_steps, table in report_of(name)["evaluation"]["image_metrics"]["results"].items():
             searched = next(row for row in table if row["solver"] == "searched")
-            rivals = [row for row in table if row["solver"] not in ("searched", "classical table", "teacher")]
+            rivals = [row for row in table if is_diffusers_scheduler(row) and row["solver"] != TEACHER]
             nearest = min(rivals, key=lambda row: row["fid"])
             cells = (f"{searched[key]:{form}} / {nearest[key]:{form}}" for key, form in METRICS.items())
             yield (f"{name}, {num_steps}", nearest["solver"], *cells)

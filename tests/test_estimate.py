@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusers_searched_solver.calls import build_conditions
 from search.estimate import estimate
 from search.field import NetworkCalls
 from search.journal import Journal
-from search.loading import build_conditions, load_pipeline
+from search.loading import load_pipeline
 from search.run import parse_arguments
 from search.strategy import fit_solver, search_problem
 

@@ -17,12 +17,13 @@ from torch import nn
 from torchmetrics.image.inception import InceptionScore
 
 from diffusers_searched_solver import SearchedSolverScheduler, process_from_config
+from diffusers_searched_solver.calls import build_conditions
 from diffusers_searched_solver.check import teacher_solver
 from search import image_metrics
 from search.feature_network import FeatureNetwork
 from search.field import NetworkCalls
 from search.image_metrics import format_metrics, load_feature_network, measure_images
-from search.loading import build_conditions, load_pipeline
+from search.loading import load_pipeline
 from search.metrics import (
     BLOCK,
     frechet_distance,

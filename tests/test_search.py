@@ -14,13 +14,14 @@ from diffusers import DiTPipeline
 from PIL import Image
 
 from diffusers_searched_solver import SearchedSolverScheduler, time_grid
+from diffusers_searched_solver.calls import build_conditions
 from diffusers_searched_solver.check import teacher_solver
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
 from search import search_solver
 from search.arguments import parse_arguments
 from search.evaluate import compare
 from search.field import NetworkCalls, PipelineField
-from search.loading import build_conditions, load_pipeline
+from search.loading import load_pipeline
 from search.parameters import SolverFamily
 from search.rollout import Run, endpoint_errors, rollout, root_mean_square
 from search.strategy import EVALUATION_SEEDS, MAX_CALLS, NUM_SAMPLES, split_seeds

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.utils import tqdm
 
-from . import pipelines
+from .calls import build_conditions, pipeline_class
 from .check import MIN_SAMPLES, REFERENCE_STEPS, Comparison, check_solver, count_steps
 from .serialization import SolverFile
 
@@ -103,47 +103,21 @@ def _table(found: Sequence[Comparison]) -> str:
 
 
 def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
-    class_name = DiffusionPipeline.load_config(name).get("_class_name")
-    pipe = getattr(pipelines, str(class_name), DiffusionPipeline).from_pretrained(name, dtype=dtype)
+    pipe = pipeline_class(name).from_pretrained(name, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
 
 
 def _calls(pipe: DiffusionPipeline, options: argparse.Namespace) -> list[dict]:
-    """Keyword arguments of the pipeline's call for each sample."""
+    """Keyword arguments of the pipeline's call for each sample: in turn what was chosen, or some from among all."""
     takes = inspect.signature(type(pipe).__call__).parameters
-    given, varied = dict(options.call_kwargs), {}
-    if options.guidance_scale is not None:
-        given["guidance_scale"] = options.guidance_scale
-    if options.prompts:
-        varied["prompt"] = options.prompts
-    elif "prompt" in takes and "prompt" not in given:
+    if "prompt" in takes and not options.prompts and "prompt" not in options.call_kwargs:
         raise ValueError(f"{type(pipe).__name__} draws what it is told. Pass prompts with --prompts.")
-    if options.class_labels or "class_labels" in takes and "class_labels" not in given:
-        varied["class_labels"] = [[label] for label in _labels(pipe, options.class_labels, options.num_samples)]
-    for key in (*given, *varied):
-        if key not in takes:
-            raise ValueError(f"{type(pipe).__name__} takes no `{key}`, but {', '.join([*takes][1:])}.")
-    return [
-        {**given, **{key: values[k % len(values)] for key, values in varied.items()}}
-        for k in range(options.num_samples)
-    ]
-
-
-def _labels(pipe: DiffusionPipeline, chosen: Sequence[str] | None, count: int) -> list[int]:
-    """Ids of classes: those that are chosen, or `count` from among all."""
-    known = getattr(pipe, "labels", {})
-    if chosen is None:
-        ids = sorted({*known.values()})
-        if not ids:
-            raise ValueError(f"{type(pipe).__name__} does not say which classes there are. Pass --class-labels.")
-        return [ids[k * len(ids) // count] for k in range(count)]
-    for label in chosen:
-        if not label.isdecimal() and label not in known:
-            raise ValueError(
-                f"There is no class '{label}', but {', '.join([*known][:10]) or 'none by name'}. Pass ids."
-            )
-    return [int(label) if label.isdecimal() else known[label] for label in chosen]
+    words = options.class_labels, options.prompts, options.guidance_scale, options.call_kwargs
+    conditions, count = build_conditions(pipe, *words), options.num_samples
+    if options.class_labels or options.prompts:
+        return [conditions[k % len(conditions)] for k in range(count)]
+    return [conditions[k * len(conditions) // count] for k in range(count)]
 
 
 def _search_command(options: argparse.Namespace, counts: Sequence[str]) -> str:

@@ -12,11 +12,12 @@ from diffusers.utils import logging
 from huggingface_hub import cached_assets_path
 
 from diffusers_searched_solver import SearchedSolver, process_from_config
+from diffusers_searched_solver.calls import build_conditions
 from search.baselines import classical_solvers, diffusers_schedulers, run_scheduler
 from search.cache import TeacherCache
 from search.field import NetworkCalls
 from search.journal import Journal
-from search.loading import build_conditions, load_pipeline
+from search.loading import load_pipeline
 from search.rollout import Batch, endpoint_errors, root_mean_square, sample_errors
 from search.strategy import (
     BATCH_SIZE,
