@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from diffusers_searched_solver import SearchedSolverScheduler
+from diffusers_searched_solver.calls import build_conditions
 from search.baselines import diffusers_schedulers
 from search.images import sample_images
-from search.loading import build_conditions, load_pipeline
+from search.loading import load_pipeline
 
 
 HERE = Path(__file__).parent

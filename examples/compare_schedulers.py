@@ -17,10 +17,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffusers_searched_solver import SearchedSolverScheduler
+from diffusers_searched_solver.calls import build_conditions
 from search.baselines import diffusers_schedulers
 from search.field import merge_conditions
 from search.images import error_images, sample_images
-from search.loading import build_conditions, load_pipeline
+from search.loading import load_pipeline
 
 
 HERE = Path(__file__).parent
