@@ -5,7 +5,7 @@ What was tried and is not part of the search: held-out errors with it over those
 
 Errors are root mean square distances to a 128-step teacher's end points, of latents and of the images that they decode
 to, on noises that nothing was fitted to. Each candidate is a patch of the search; `search/` has no switches for them.
-Rows go to `examples/results/candidates.json` as they come, and are kept when the script runs again. About 25 minutes
+Rows go to `examples/results/candidates.json` as they come, and are kept when the script runs again. About 35 minutes
 on one core.
 """
 
@@ -24,7 +24,8 @@ from shipped import EXAMPLES, PIPELINES, SEEDS, Benchmark, Records, markdown, se
 from diffusers_searched_solver import SearchedSolver
 from search import gauss_newton, strategy
 from search.field import NetworkCalls, PipelineField
-from search.rollout import Batch, Run, rollout, root_mean_square, sample_errors
+from search.parameters import Entry, SolverFamily
+from search.rollout import Batch, Run, endpoint_errors, rollout, root_mean_square, sample_errors
 from search.strategy import TEACHER_STEPS, Problem
 from search.trajectory import teacher_trajectory
 
@@ -36,6 +37,7 @@ from digits_features import feature_network  # noqa: E402
 
 STEP_COUNTS = 5, 8, 10
 GUIDANCE = 2.0
+MANY_CALLS = 50_000
 FULL = "full"
 View = Callable[[torch.Tensor], torch.Tensor]
 
@@ -123,6 +125,54 @@ def from_fewer_steps(bench: Benchmark, problem: Problem, num_steps: int) -> Iter
         yield from search(problem, num_steps, bench.calls)
 
 
+class Finer(SolverFamily):
+    """Difference quotients over a tenth of the usual changes."""
+
+    def searched(self, entries: np.ndarray, times_only: bool) -> list[Entry]:
+        return [replace(entry, change=0.1 * entry.change) for entry in super().searched(entries, times_only)]
+
+
+class Careful(gauss_newton._LinearModel):
+    """Knows the damping of its last step, and learns nothing from a step that doubles the loss."""
+
+    def damped_step(self, damping: float) -> np.ndarray:
+        self.family.damping = damping
+        return super().damped_step(damping)
+
+    def _broyden_update(self, step: np.ndarray, residuals: list[torch.Tensor]):
+        if self._loss(residuals) <= 2 * self.loss:
+            super()._broyden_update(step, residuals)
+
+
+def on_and_on(bench: Benchmark, problem: Problem, num_steps: int) -> Iterator[SearchedSolver]:
+    """
+    On from where the search ends: iterations with finer difference quotients, each with the damping that the last one
+    ended with, until the loss falls by less than 1 % or `MANY_CALLS` are spent.
+    """
+    start, vectors = bench.calls.count - problem.teacher_calls, []
+
+    def iterate(*arguments):
+        vectors.append(gauss_newton.gauss_newton_iteration(*arguments))
+        return vectors[-1]
+
+    with mock.patch.object(strategy, "gauss_newton_iteration", iterate):
+        *_, solver = search(problem, num_steps, bench.calls)
+    family = Finer(problem.process, num_steps, strategy.ORDER, problem.prediction_type != "flow_prediction")
+    family.damping, vector, cost = gauss_newton.DAMPING, vectors[-1][0], 0
+
+    def judge(solver: SearchedSolver) -> tuple[float, SearchedSolver]:
+        return root_mean_square(endpoint_errors(problem.held_out, solver)), solver
+
+    visited, gain = [judge(solver)], 1.0
+    while gain >= 0.01 and bench.calls.count - start + cost <= MANY_CALLS:
+        before = bench.calls.count
+        with mock.patch.multiple(gauss_newton, DAMPING=min(family.damping, 1.0), _LinearModel=Careful):
+            vector, gain = gauss_newton.gauss_newton_iteration(family, vector, problem.train, False)
+        visited.append(judge(family.solver(family.entries(vector))))
+        cost = bench.calls.count - before
+    yield min(visited, key=lambda pair: pair[0])[1]
+
+
 def guided(batches: Sequence[Batch], guidance_scale: float, calls: NetworkCalls) -> list[Batch]:
     """The same noises and end points for a network under another guidance."""
 
@@ -153,6 +203,7 @@ CANDIDATES = {
     "distances along the way too, times 0.1": along_the_way(0.1),
     "distances along the way too, times 0.3": along_the_way(0.3),
     "a start from fewer steps' nodes": from_fewer_steps,
+    f"on and on, up to {MANY_CALLS:,} network calls": on_and_on,
     **{name: under_guidance(scale) for name, scale in STUDENTS.items()},
 }
 
