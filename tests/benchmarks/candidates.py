@@ -238,21 +238,26 @@ def main():
         bench = Benchmark(name, GUIDANCE)
         measure(records, name, bench)
         bench.close()
-    records.write_tables([table(records, "error", "latents"), table(records, "image_error", "decoded images")])
+    numbers = {
+        "error": "Error of latents",
+        "image_error": "Error of decoded images",
+        "calls": "Number of network calls",
+    }
+    records.write_tables(table(records, key, what) for key, what in numbers.items())
 
 
-def table(records: Records, error: str, what: str) -> str:
-    """What happens to one of the errors with each."""
+def table(records: Records, number: str, what: str) -> str:
+    """What happens to a number of the rows with each."""
     cells = list(itertools.product(PIPELINES, STEP_COUNTS))
     rows = []
     for candidate in list(CANDIDATES)[1:]:
         rows.append([candidate])
         for name, num_steps in cells:
             key = {"pipeline": name, "num_steps": num_steps}
-            full = {row["seed"]: row[error] for row in records.select(**key, candidate=FULL)}
+            full = {row["seed"]: row[number] for row in records.select(**key, candidate=FULL)}
             found = records.select(**key, candidate=candidate)
-            rows[-1].append(spread(row[error] / full[row["seed"]] for row in found))
-    title = f"Error of {what} over that of the search without it and the same seed (mean and range of three):\n\n"
+            rows[-1].append(spread(row[number] / full[row["seed"]] for row in found))
+    title = f"{what} over that of the search without it and the same seed (mean and range of three):\n\n"
     return title + markdown(["search", *(f"{name}, {n}" for name, n in cells)], rows)
 
 
