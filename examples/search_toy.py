@@ -80,14 +80,12 @@ def draw_panel(title, trajectories, goals):
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--num-steps", type=int, nargs="+", default=[4, 5], help="step counts to search (default: 4 5)")
-parser.add_argument("--num-samples", type=int, default=64, help="noises to fit (default: 64)")
 parser.add_argument("--output", default="search_toy.png", help="default: search_toy.png")
 args = parser.parse_args()
 
 pipe = MixturePipeline(MixtureVelocity(), FlowMatchEulerDiscreteScheduler())
 config = pipe.scheduler.config
-samples = {"num_samples": args.num_samples, "batch_size": args.num_samples}
-solvers = {n: search_solver(pipe, n, conditions=[{}], **samples, log=print) for n in args.num_steps}
+solvers = {n: search_solver(pipe, n, conditions=[{}], batch_size=64, log=print) for n in args.num_steps}
 
 
 def run(scheduler, num_steps):

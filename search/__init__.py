@@ -1,6 +1,6 @@
 """The search for solvers: `accelerate launch search/run.py`, or `search_solver` from Python."""
 
-from .strategy import search_solver
+from .strategy import Outcome, find_solver, search_solver
 
 
-__all__ = ["search_solver"]
+__all__ = ["Outcome", "find_solver", "search_solver"]

@@ -19,15 +19,13 @@ from huggingface_hub import cached_assets_path
 from .feature_network import INCEPTION
 from .gradient import PAPER_RECIPE
 from .loading import NAMES
-from .strategy import BATCH_SIZE, ITERATIONS, MAX_CALLS, NUM_SAMPLES, TEACHER_STEPS
+from .problem import BATCH_SIZE, TEACHER_STEPS
+from .strategy import BASE_CALLS, CALLS_PER_SQUARED_STEP
 
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What depends on the fitter unless it is given.
-DEFAULTS = {
-    "gauss-newton": {"num_samples": NUM_SAMPLES, "teacher_steps": TEACHER_STEPS},
-    "gradient": {"num_samples": PAPER_RECIPE.num_samples, "teacher_steps": PAPER_RECIPE.teacher_steps},
-}
+DEFAULT_TEACHER_STEPS = {"gauss-newton": TEACHER_STEPS, "gradient": PAPER_RECIPE.teacher_steps}
 NUM_STEPS = [5, 8, 10]
 TRACKERS = sorted(set(LoggerType.list()) - {"all"})
 
@@ -46,13 +44,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parsed.num_steps = NUM_STEPS
     if parsed.guidance_scale is not None and len(parsed.guidance_scale) == 1:
         (parsed.guidance_scale,) = parsed.guidance_scale
-    scales = len(parsed.guidance_scale) if isinstance(parsed.guidance_scale, list) else 1
-    defaults = {**DEFAULTS[parsed.fitter], "max_calls": scales * MAX_CALLS}
-    if parsed.fitter == "gauss-newton":
-        defaults["num_samples"] *= scales
-    for name, value in defaults.items():
-        if getattr(parsed, name) is None:
-            setattr(parsed, name, value)
+    if parsed.fitter == "gauss-newton" and parsed.num_samples is not None:
+        parser.error("--num-samples is for --fitter gradient; here --max-calls decides how many noises there are")
+    if parsed.fitter == "gradient" and (parsed.max_calls is not None or parsed.start_solver is not None):
+        parser.error("--max-calls and --start-solver are for --fitter gauss-newton; here --num-samples decides")
+    if parsed.fitter == "gradient" and parsed.num_samples is None:
+        parsed.num_samples = PAPER_RECIPE.num_samples
+    if parsed.teacher_steps is None:
+        parsed.teacher_steps = DEFAULT_TEACHER_STEPS[parsed.fitter]
     if parsed.cache_dir is None:
         parsed.cache_dir = cached_assets_path("diffusers_searched_solver", "search", "teacher")
     return parsed
@@ -70,11 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         "--guidance-scale",
         type=float,
         nargs="+",
-        help="one, or several that the solver has to serve, each with as many noises and calls as one has by default "
+        help="one, or several that the solver has to serve, each with as many noises and calls as one has "
         "(default: the pipeline's own; 1 for --fitter gradient)",
     )
     add("--call-kwargs", type=json.loads, default={}, help="further arguments of the pipeline's call, as JSON")
-    add("--num-samples", type=int, help=_defaults("noises to fit", "num_samples"))
     add("--num-eval-samples", type=int, default=256, help="held-out noises to measure on (default: 256)")
     add("--image-metrics", type=int, default=0, metavar="N", help="images of each solver to measure (default: none)")
     add(
@@ -84,10 +82,22 @@ def _parser() -> argparse.ArgumentParser:
         f"TorchScript file (default: {INCEPTION})",
     )
     add("--reference-images", type=Path, help="a folder of what images should be like (default: the teacher's)")
-    add("--teacher-steps", type=int, help=_defaults("of the teacher", "teacher_steps"))
-    add("--fitter", choices=DEFAULTS, default="gauss-newton", help="gradient is the paper's (default: gauss-newton)")
-    add("--iterations", type=int, default=ITERATIONS, help=f"over all noises to fit (default: {ITERATIONS})")
-    add("--max-calls", type=int, help=f"of a search with more than one iteration (default: {MAX_CALLS})")
+    add(
+        "--teacher-steps",
+        type=int,
+        help="of the teacher, doubled until its own error is small beside the solvers' "
+        f"(default: {TEACHER_STEPS}; for --fitter gradient {PAPER_RECIPE.teacher_steps})",
+    )
+    add(
+        "--max-calls",
+        type=int,
+        help="network calls for each step count N, guidance and teacher included: they decide how many noises, starts "
+        f"and iterations there are (default: {BASE_CALLS:,} + {CALLS_PER_SQUARED_STEP} N^2 for each guidance scale; "
+        "twice that where a few noises are much harder than others)",
+    )
+    add("--start-solver", metavar="NAME", help="race this one too: a folder, a bundled solver or a Hub repository")
+    add("--fitter", choices=DEFAULT_TEACHER_STEPS, default="gauss-newton", help="gradient is the paper's recipe")
+    add("--num-samples", type=int, help=f"noises of --fitter gradient (default: {PAPER_RECIPE.num_samples:,})")
     add("--batch-size", type=int, default=BATCH_SIZE, help=f"samples in one pipeline call (default: {BATCH_SIZE})")
     add("--mixed-precision", choices=DTYPES, default="no", help="dtype of the networks (default: no, float32)")
     add("--seed", type=int, default=0, help="of all noises (default: 0)")
@@ -100,9 +110,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--push-to-hub", metavar="ORG/NAME", help="upload the solver, its model card and the report when finished")
     add("--license", default="apache-2.0", help="of the solver, as the Hub names licences (default: apache-2.0)")
     return parser
-
-
-def _defaults(what: str, name: str) -> str:
-    return (
-        f"{what} (default: " + ", ".join(f"{values[name]} for {fitter}" for fitter, values in DEFAULTS.items()) + ")"
-    )

@@ -1,8 +1,11 @@
-"""What a searched solver has to beat: classical tables on many grids, and diffusers' own schedulers at their best."""
+"""What a search has to beat, and may begin from: diffusers' schedulers as tables, classical tables on many grids."""
 
 import itertools
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -13,25 +16,73 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffusers_searched_solver import NoiseProcess, SearchedSolver, time_grid
+from diffusers_searched_solver import (
+    NoiseProcess,
+    SearchedSolver,
+    process_from_config,
+    solver_from_scheduler,
+    time_grid,
+)
 from diffusers_searched_solver.process import prediction_type_from_config
 
 from .field import PipelineField
 
 
+logger = logging.getLogger(__name__)
+
 FLOW_SHIFTS = (0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 # Of a variance-preserving process: shift of the time grid, and where it begins.
 VARIANCE_PRESERVING_GRIDS = tuple(itertools.product((0.35, 0.5, 0.7, 1.0, 1.5), (0.8, 0.9, 1.0)))
+CLASSICAL, GIVEN, NEIGHBOUR = "classical table", "given solver", "other step counts"
+
+
+@dataclass(frozen=True)
+class KnownTable:
+    """
+    A solver that was known before a search began.
+
+    Args:
+        family (`str`): A scheduler of diffusers with its order, or one of the above.
+        setting (`str`): Which of the family.
+        from_diffusers (`bool`): Whether it is the table of one of diffusers' schedulers.
+    """
+
+    family: str
+    setting: str
+    solver: SearchedSolver
+    from_diffusers: bool
+
+    def __str__(self) -> str:
+        return f"{self.family}, {self.setting}" if self.setting else self.family
+
+
+def known_tables(config: Mapping, num_steps: int) -> list[KnownTable]:
+    """
+    diffusers' few-step schedulers at all settings, and classical tables on many grids.
+
+    Args:
+        config: The config of the pipeline's scheduler.
+    """
+    tables = []
+    for family, settings in diffusers_schedulers(config).items():
+        for setting, scheduler in settings.items():
+            try:
+                tables.append(KnownTable(family, setting, solver_from_scheduler(scheduler, num_steps), True))
+            except ValueError as error:
+                # Whole timesteps may meet where there are many; diffusers itself fails or repeats a step there.
+                logger.info(f"{family}, {setting}: {error}")
+    classical = classical_solvers(process_from_config(config), num_steps)
+    return tables + [KnownTable(CLASSICAL, setting, solver, False) for setting, solver in classical.items()]
 
 
 def classical_solvers(process: NoiseProcess, num_steps: int) -> dict[str, SearchedSolver]:
-    """Adams-Bashforth tables of order 1 to 4 on many grids, by name."""
+    """Adams-Bashforth tables of order 2 to 4 on many grids, by name; those of order 1 are Euler's method and DDIM."""
     flow = process.kind == "flow_matching"
     solvers = {}
     for shift, start in [(shift, 1.0) for shift in FLOW_SHIFTS] if flow else VARIANCE_PRESERVING_GRIDS:
         grid = time_grid(process, num_steps, shift, start)
-        # Order 1 is the same solver in both frames; beyond 2, data frames lose.
-        for frame, order in (("velocity", 1), ("velocity", 2), ("velocity", 3), ("velocity", 4), ("data", 2)):
+        # Beyond 2, data frames lose.
+        for frame, order in (("velocity", 2), ("velocity", 3), ("velocity", 4), ("data", 2)):
             name = f"AB{order}, {frame}, shift {shift:g}" + ("" if start == 1 else f" from {start:g}")
             solvers[name] = SearchedSolver.adams_bashforth(*grid, frame, order)
     return solvers
@@ -108,3 +159,21 @@ def run_scheduler(field: PipelineField, scheduler: SchedulerMixin, num_steps: in
         output, x = field.evaluate(x, timestep)
         x = scheduler.step(output, timestep, x, return_dict=False)[0]
     return x
+
+
+def at_other_steps(solver: SearchedSolver, process: NoiseProcess, num_steps: int) -> SearchedSolver:
+    """
+    What a solver says of another number of steps: its node times and network times, interpolated in the share of steps
+    that are done, with Adams-Bashforth coefficients.
+    """
+    times = process.timesteps(solver.alphas, solver.sigmas)
+    # The end is the data, whatever the time of the cleanest node.
+    times[-1] = 0.0
+    share, of_solver = np.arange(num_steps) / num_steps, np.arange(solver.num_steps + 1) / solver.num_steps
+    tau = np.interp(share, of_solver, times)
+    offsets = np.interp(share, of_solver, np.append(solver.timesteps - times[:-1], 0.0))
+    alphas, sigmas = process.alpha_sigma(tau)
+    if process.kind == "flow_matching":
+        alphas[0], sigmas[0] = solver.alphas[0], solver.sigmas[0]
+    nodes = np.append(alphas, 1.0), np.append(sigmas, 0.0)
+    return SearchedSolver.adams_bashforth(tau + offsets, *nodes, "velocity", order=3)

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, SolverFile
 from diffusers_searched_solver.serialization import SOLVER_FILE
 
+from .baselines import KnownTable, known_tables
 from .processes import agree
 
 
@@ -19,7 +20,7 @@ SHARED = ("pipeline", "guidance_scale", "conditions", "seed")
 
 def earlier_results(
     pipe: DiffusionPipeline, args: argparse.Namespace, report: dict
-) -> tuple[dict[int, SearchedSolver], dict[str, str] | None, dict]:
+) -> tuple[dict[int, SearchedSolver], dict[str, str] | None, dict[int, dict[str, KnownTable]] | None, dict]:
     """
     What `--evaluate-only` is to measure, and the report to complete.
 
@@ -29,7 +30,7 @@ def earlier_results(
 
     Returns:
         The tables by number of steps, on the pipeline's noise process; where they come from, if that is no search in
-        `output_dir`; and the report, with what that search had found otherwise.
+        `output_dir`; the best known tables as that search has found them; and the report, with what else it had found.
 
     Raises:
         ValueError: If there is no such solver, or the search had other settings.
@@ -43,9 +44,16 @@ def earlier_results(
         raise ValueError(f"The solver has no table of {missing[0]} steps; pass some of --num-steps {have}.")
     solvers = {n: file.solvers[n] for n in args.num_steps}
     if earlier is None:
-        return solvers, dict(file.provenance), report
+        return solvers, dict(file.provenance), None, report
     _check_settings(args, report, earlier)
-    return solvers, None, {**report, **earlier}
+    return solvers, None, _tuned(pipe, solvers, earlier), {**report, **earlier}
+
+
+def _tuned(pipe, solvers, earlier: Mapping) -> dict[int, dict[str, KnownTable]]:
+    """The known tables that the report of a search names, in its order."""
+    settings = earlier["search"]["tuned"]
+    known = {n: {(t.family, t.setting): t for t in known_tables(pipe.scheduler.config, n)} for n in solvers}
+    return {n: {f: known[n][f, s] for f, s in settings[str(n)].items()} for n in solvers}
 
 
 def _read(args: argparse.Namespace) -> tuple[SolverFile, dict | None]:
@@ -73,7 +81,7 @@ def _check_settings(args: argparse.Namespace, report: Mapping, earlier: Mapping)
     now = {key: report[key] for key in SHARED}
     then = {key: earlier[key] for key in SHARED}
     now |= {"teacher_steps": args.teacher_steps, "num_steps": sorted(args.num_steps)}
-    then["teacher_steps"] = earlier["search"]["teacher_steps"]
+    then["teacher_steps"] = earlier["search"]["least_teacher_steps"]
     then["num_steps"] = sorted(map(int, earlier["evaluation"]["results"]))
     changed = [f"{key} was {then[key]!r}, is {now[key]!r}" for key in now if now[key] != then[key]]
     if changed:

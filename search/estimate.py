@@ -9,22 +9,19 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from diffusers_searched_solver import SearchedSolverScheduler, process_from_config, time_grid
-
-from .baselines import classical_solvers, diffusers_schedulers
+from .baselines import diffusers_schedulers, known_tables
 from .feature_network import FeatureNetwork
 from .field import NetworkCalls, PipelineField
 from .image_metrics import seconds_per_image
-from .measure import EVALUATION_BATCH_SIZE, EVALUATION_TEACHER, TUNING_SAMPLES
+from .measure import EVALUATION_BATCH_SIZE, EVALUATION_TEACHER
 from .memory import peak_memory
-from .parameters import Entry, SolverFamily
+from .problem import FEW, SCREENING_STEPS, TEACHER_NOISES, split_seeds
 from .progress import IMAGES, MEASURING, TEACHER
-from .strategy import make_family, split_seeds, start_grids
-from .teacher import count_batches, make_batches
+from .race import RUNGS
+from .strategy import FIRST_NOISES, JUDGES, LATER_NOISES, usual_calls
+from .teacher import make_batches
 
 
-# Steps that searches were seen to try on one Jacobian.
-USUAL_TRIALS = 4
 TIMED_STEPS = 16
 
 
@@ -55,11 +52,14 @@ def estimate(
     lines = [f"{stage}: {n:,} network calls, {_duration(costs[stage] / processes)}" for stage, n in expected.items()]
     in_all = _duration(sum(costs.values()) / processes)
     lines.append(f"in all: {in_all} on {processes} process{'es' * (processes > 1)}")
+    if not args.evaluate_only and args.fitter == "gauss-newton" and args.max_calls is None:
+        lines.append("twice as many to search if a few noises turn out to be much harder than others")
     memory = peak_memory(pipe.device) / 2**20
     if args.fitter == "gradient":
         return "\n".join([*lines, f"peak memory: {memory:,.0f} MiB, and what the network keeps for its gradient"])
-    columns = max(len(_searched(family, times_only=False)) for family in _families(pipe, args))
-    states = columns * math.ceil(args.num_samples / processes) + 2 * args.teacher_steps * args.batch_size
+    columns = max(n * (n + 1) // 2 + 2 * n for n in args.num_steps)
+    scales = len({condition.get("guidance_scale") for condition in conditions})
+    states = columns * math.ceil(scales * LATER_NOISES / processes) + 2 * args.teacher_steps * args.batch_size
     held = 4 * elements * states / 2**20
     lines.append(f"peak memory: {memory + held:,.0f} MiB, {memory:,.0f} for sampling and {held:,.0f} for derivatives")
     return "\n".join(lines)
@@ -72,23 +72,14 @@ def expected_calls(pipe: DiffusionPipeline, conditions: Sequence[dict], args: ar
     calls.remove()
     per_sample, expected = calls.count, {}
     if not args.evaluate_only:
-        samples = args.num_samples + max(1, args.num_samples // 4)
-        teacher = 0 if args.fitter == "gradient" else per_sample * samples * args.teacher_steps
-        expected |= {TEACHER: teacher} if teacher else {}
-        budget = (args.max_calls - teacher) / per_sample
-        for family in _families(pipe, args):
-            expected[f"{family.num_steps} steps"] = per_sample * _search_evaluations(family, conditions, args, budget)
+        scales = len({condition.get("guidance_scale") for condition in conditions})
+        expected |= _search_calls(pipe, args, per_sample, scales)
     expected[MEASURING] = per_sample * _measuring_evaluations(pipe, args)
     if args.image_metrics:
         # To decode an image ends a call of the pipeline, and the next one has to be opened.
         each = sum(num_steps + 1 for num_steps in args.num_steps) * _num_solvers(pipe)
         expected[IMAGES] = per_sample * args.image_metrics * (EVALUATION_TEACHER * args.teacher_steps + 1 + each)
     return expected
-
-
-def _families(pipe: DiffusionPipeline, args: argparse.Namespace) -> list[SolverFamily]:
-    own = SearchedSolverScheduler.from_config(pipe.scheduler.config)
-    return [make_family(own.process, own.config.prediction_type, num_steps) for num_steps in args.num_steps]
 
 
 def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[dict], batch_size: int) -> tuple[float, int]:
@@ -112,41 +103,46 @@ def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[dict], batch_size:
     return seconds / (calls.count - opening), elements
 
 
-def _search_evaluations(family: SolverFamily, conditions, args: argparse.Namespace, budget: float) -> int:
-    """Evaluations of one sample that the fitter makes for one step count, without the teacher's."""
-    if args.fitter == "gradient":
-        # One opens the pipeline's call, and a backward evaluation is worth two forward ones.
-        return args.num_samples * (args.teacher_steps + 1 + family.num_steps + 2 * (family.num_steps - 1))
-    n, batches = family.num_steps, count_batches(conditions, args.num_samples, args.batch_size)
-    quarter, half = (args.num_samples * max(1, batches // parts) // batches for parts in (4, 2))
-    held_out, starts = max(1, args.num_samples // 4), len(start_grids(family.process, n))
-    times, everything = _iteration(family, times_only=True), _iteration(family, times_only=False)
-    spent = quarter * (2 * starts * n + (starts + 1) * times) + half * everything + 3 * held_out * n
-    iteration = everything * args.num_samples + held_out * n
-    affordable = int((budget - spent) // iteration)
-    return spent + iteration * min(max(1, affordable), args.iterations)
+def _search_calls(pipe, args: argparse.Namespace, per_sample: int, scales: int) -> dict[str, int]:
+    """Network calls until the teacher is good enough, and for every step count, which spends what it may."""
+    few = FEW * 2 * SCREENING_STEPS + TEACHER_NOISES * (1.5 * args.teacher_steps + 3 * max(args.num_steps))
+    shared = scales * args.teacher_steps * (FIRST_NOISES + LATER_NOISES)
+    expected, known = {TEACHER: int(per_sample * few)}, few
+    for num_steps in args.num_steps:
+        if args.fitter == "gradient":
+            # One opens the pipeline's call, and a backward evaluation is worth two forward ones.
+            each = args.teacher_steps + 1 + num_steps + 2 * (num_steps - 1)
+            calls = per_sample * (
+                args.num_samples * each + shared + known_evaluations(pipe.scheduler.config, num_steps)
+            )
+        else:
+            budget = scales * usual_calls(num_steps) if args.max_calls is None else args.max_calls
+            calls = budget - per_sample * known
+        expected[f"{num_steps} steps"] = max(0, int(calls))
+        # The noises of the first step count are there for the others.
+        known = few + shared
+    return expected
 
 
-def _iteration(family: SolverFamily, times_only: bool) -> int:
-    """Evaluations of one sample in `gauss_newton_iteration`."""
-    n = family.num_steps
-    return n + sum(n - entry.known for entry in _searched(family, times_only)) + USUAL_TRIALS * n
-
-
-def _searched(family: SolverFamily, times_only: bool) -> list[Entry]:
-    entries = family.entries(family.vector(time_grid(family.process, family.num_steps)[0]))
-    return family.searched(entries, times_only)
+def known_evaluations(config, num_steps: int) -> int:
+    """Evaluations of the race of known tables, and of judging the best."""
+    tables = len(known_tables(config, num_steps))
+    noises, raced = 0, 0.0
+    for count, share in RUNGS:
+        raced, noises = raced + share * tables * (count - noises), count
+    # Of every run, the first two predictions are mostly shared.
+    return int(raced * max(1, num_steps - 1.5)) + 4 * JUDGES * num_steps
 
 
 def _measuring_evaluations(pipe: DiffusionPipeline, args: argparse.Namespace) -> int:
     """Evaluations of one sample that `measure` makes."""
-    evaluations = EVALUATION_TEACHER * args.teacher_steps * (TUNING_SAMPLES + args.num_eval_samples)
-    families = diffusers_schedulers(pipe.scheduler.config)
-    process = process_from_config(pipe.scheduler.config)
+    tuning = args.evaluate_only and args.solver is not None
+    samples = args.num_eval_samples + (RUNGS[-1][0] if tuning else 0)
+    evaluations = EVALUATION_TEACHER * args.teacher_steps * samples
     for num_steps in args.num_steps:
-        tables = classical_solvers(process, num_steps)
-        settings = len(tables) + sum(len(settings) for settings in families.values())
-        evaluations += num_steps * (TUNING_SAMPLES * settings + args.num_eval_samples * _num_solvers(pipe))
+        # Solvers share their first predictions.
+        evaluations += int((num_steps - 0.5) * args.num_eval_samples * _num_solvers(pipe))
+        evaluations += known_evaluations(pipe.scheduler.config, num_steps) if tuning else 0
     return evaluations
 
 

@@ -1,6 +1,7 @@
 """Damped Gauss-Newton on the end-point error, from forward evaluations alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,37 +13,63 @@ from .processes import gather
 from .rollout import Batch, Run, rollout
 
 
-DAMPING = 1e-2
-# Errors beyond this many times the median sample's count by less than their square.
-ROBUSTNESS = 4.0
-# Where most samples are exact already.
-SMALLEST_SCALE = 1e-12
+# Of the first step that is tried. Where others judge, it begins with a cautious one: what few samples do not determine
+# is better left as it is.
+DAMPING, CAUTIOUS_DAMPING = 1e-2, 5e-2
+LEAST_DAMPING = 1e-8
 # Steps tried on one Jacobian at most, and the gain under which a new one is worth more than another step.
 MAX_TRIALS = 5
 MIN_GAIN = 0.03
+# Of the change of a difference quotient.
+MAX_HALVINGS = 40
+# Columns of J smaller than this share of the largest are rounding.
+USABLE = 1e-9
+Judge = Callable[[SearchedSolver], float]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """
+    Where an iteration has ended.
+
+    Args:
+        vector (`np.ndarray`): Of the family.
+        loss (`float`): There, as a share of the loss where it began.
+    """
+
+    vector: np.ndarray
+    loss: float
 
 
 def gauss_newton_iteration(
-    family: SolverFamily, vector: np.ndarray, train: Sequence[Batch], times_only: bool
-) -> tuple[np.ndarray, float]:
+    family: SolverFamily,
+    vector: np.ndarray,
+    train: Sequence[Batch],
+    known: Sequence[torch.Tensor],
+    times_only: bool = False,
+    judge: Judge | None = None,
+) -> Fitted:
     """
     Take one Jacobian of the end-point error and as many steps as it is good for.
 
-        step = -(J^T W J + damping * diag(J^T W J))^-1 J^T W r,     r = x_N - teacher's end point
+        loss = mean over samples of e^2 / e_known,    e^2 = mean of r^2,    r = x_N - teacher's end point
+        step = -(J^T W J + damping * diag(J^T W J))^-1 J^T W r
 
-    where W weighs the samples by 1 / (1 + (e / c)^2), e a sample's error and c = 4 * the median of e: the weights of
-    the robust loss c^2 log(1 + (e / c)^2), without which a sample that ends in another mode of the distribution would
-    rule. Columns of J are difference quotients of runs that branch off at the step that feels an entry first. Each
-    trial corrects J by Broyden's rank-one update.
+    where W weighs a sample by 1 / e_known, the error of the best solver that was known before: so neither do samples
+    rule that every solver finds hard, as they would with weights of one, nor those that are nearly exact already, as
+    they would with 1 / e_known^2. Columns of J are difference quotients of runs that branch off at the step that feels
+    an entry first. Each step that is taken corrects J by Broyden's rank-one update.
 
     Args:
         family, vector: Where to search and where to start.
         train: This process's samples to fit. What all processes' samples say comes together as J^T W J, J^T W r and
             errors, so the outcome is the same on any number of processes.
+        known: e_known of every sample of each batch.
         times_only (`bool`): Whether only the node times are searched.
+        judge (*optional*): The score of a solver on other samples, which has to fall with the loss at every step.
 
     Returns:
-        The vector of the smallest loss, and by which share the loss fell.
+        `Fitted`: The vector of the smallest loss; the one where it began if no step is any good.
 
     Raises:
         ValueError: If the solver, or one that differs a little, does not end at finite numbers.
@@ -50,59 +77,78 @@ def gauss_newton_iteration(
     Source: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", 1963; Broyden, "A class of
     methods for solving nonlinear simultaneous equations", 1965.
     """
-    damping = DAMPING
-    model = _LinearModel(family, vector, train, times_only)
+    model = _LinearModel(family, vector, train, known, times_only)
     first_loss = model.loss
-    if first_loss == 0:
-        return vector, 0.0
+    damping = DAMPING if judge is None else CAUTIOUS_DAMPING
+    if first_loss == 0 or not len(model.parameters):
+        return Fitted(vector, 1.0)
+    best = np.inf if judge is None else judge(model.solver)
     for _ in range(MAX_TRIALS):
-        gain = model.try_step(model.damped_step(damping))
-        damping = 4 * damping if gain <= 0 else max(damping / 4, 1e-8)
+        step = family.confined(model.vector, model.damped_step(damping))
+        judged = _judged(family, model.vector + step, judge)
+        gain = model.try_step(step) if judged < best else -np.inf
+        damping = 4 * damping if gain <= 0 else max(damping / 4, LEAST_DAMPING)
+        if gain > 0 and judge is not None:
+            best = judged
         if 0 < gain < MIN_GAIN:
             break
-    return model.vector, 1 - model.loss / first_loss
+    return Fitted(model.vector, model.loss / first_loss)
+
+
+def _judged(family: SolverFamily, vector: np.ndarray, judge: Judge | None) -> float:
+    """The score of a vector's solver; infinite if there is none, minus infinity if nobody judges."""
+    if judge is None:
+        return -np.inf
+    try:
+        return judge(family.solver(family.entries(vector)))
+    except ValueError:
+        return np.inf
 
 
 class _LinearModel:
     """
-    r(vector + step) ~ r + J step on some batches, with the robust loss around it.
+    r(vector + step) ~ r + J step on some batches, and the weighted loss of it.
 
     Attributes:
         vector: Where r was taken; moves with every successful `try_step`.
+        parameters: Which of its numbers J has columns of.
         residuals: r, one tensor (batch, elements of a sample) per batch.
         jacobians: J, one tensor (parameters, batch, elements) per batch.
-        scale (`float`): c of the robust loss.
+        loss (`float`): Of r.
     """
 
-    def __init__(self, family: SolverFamily, vector: np.ndarray, train: Sequence[Batch], times_only: bool):
-        self.family, self.vector, self.train = family, vector, train
+    def __init__(
+        self,
+        family: SolverFamily,
+        vector: np.ndarray,
+        train: Sequence[Batch],
+        known: Sequence[torch.Tensor],
+        times_only: bool,
+    ):
+        self.family, self.vector, self.train, self.known = family, vector, train, known
         entries = family.entries(vector)
         searched = family.searched(entries, times_only)
         chain = family.entry_jacobian(vector)[[entry.index for entry in searched]]
         self.parameters = np.flatnonzero(chain.any(0))
         chain = torch.from_numpy(chain[:, self.parameters])
-        solver = family.solver(entries)
+        self.solver = family.solver(entries)
         ends, self.jacobians = [], []
         for batch in train:
-            run = rollout(batch.field, solver)
+            run = rollout(batch.field, self.solver)
             columns = torch.stack([_difference_quotient(family, entries, entry, batch, run) for entry in searched])
             self.jacobians.append(torch.einsum("ep,ebd->pbd", chain.to(columns), columns))
             ends.append(run.end)
         self.residuals = _residuals(ends, train)
-        self.scale = max(ROBUSTNESS * float(self._squares(self.residuals).median().sqrt()), SMALLEST_SCALE)
         self.loss = self._loss(self.residuals)
 
-    def _squares(self, residuals: list[torch.Tensor]) -> torch.Tensor:
-        """e^2 of the samples of all processes."""
-        return torch.cat(gather(self.train, [_mean_squares(r).cpu() for r in residuals]))
-
     def _loss(self, residuals: list[torch.Tensor]) -> float:
-        loss = float(torch.log1p(self._squares(residuals) / self.scale**2).mean()) * self.scale**2
+        squares = [_mean_squares(r).cpu() / e for r, e in zip(residuals, self.known, strict=True)]
+        loss = float(torch.cat(gather(self.train, squares)).mean())
         return loss if np.isfinite(loss) else np.inf
 
     def damped_step(self, damping: float) -> np.ndarray:
-        """The Levenberg-Marquardt step of the parameters."""
-        products = [self._products(r, J) for r, J in zip(self.residuals, self.jacobians, strict=True)]
+        """The Levenberg-Marquardt step, zero where J has no usable column."""
+        products = [self._products(*each) for each in zip(self.residuals, self.jacobians, self.known, strict=True)]
         normal, gradient = (sum(each) for each in zip(*gather(self.train, products), strict=True))
         if not (np.isfinite(normal).all() and np.isfinite(gradient).all()):
             raise ValueError(
@@ -110,16 +156,19 @@ class _LinearModel:
                 "finite numbers, so there is no direction to search in. Run the pipeline's network in float32 "
                 "(`--mixed-precision no`), or search for more steps."
             )
-        self._metric = np.maximum(np.diag(normal), 1e-9 * np.diag(normal).max())
-        return -np.linalg.solve(normal + damping * np.diag(self._metric), gradient)
+        step, diagonal = np.zeros(len(self.vector)), np.diag(normal)
+        self._metric = np.maximum(diagonal, USABLE * diagonal.max())
+        if diagonal.max() > 0:
+            step[self.parameters] = -np.linalg.solve(normal + damping * np.diag(self._metric), gradient)
+        return step
 
-    def _products(self, r: torch.Tensor, jacobian: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _products(self, r: torch.Tensor, jacobian: torch.Tensor, known: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """J^T W J and J^T W r of one batch, sample by sample: only one sample's J is ever held in float64."""
         normal, gradient = 0.0, 0.0
-        for k, square in enumerate(_mean_squares(r).tolist()):
-            weight, columns = 1 / (1 + square / self.scale**2), jacobian[:, k].double()
-            normal = normal + weight * (columns @ columns.T)
-            gradient = gradient + weight * (columns @ r[k].double())
+        for k, error in enumerate(known.tolist()):
+            columns = jacobian[:, k].double()
+            normal = normal + columns @ columns.T / error
+            gradient = gradient + columns @ r[k].double() / error
         return normal.cpu().numpy(), gradient.cpu().numpy()
 
     def try_step(self, step: np.ndarray) -> float:
@@ -129,20 +178,19 @@ class _LinearModel:
         Returns:
             `float`: By which share the loss fell; minus infinity if there is no solver or no finite loss there.
         """
-        vector = self.vector.copy()
-        vector[self.parameters] += step
+        vector = self.vector + step
         try:
             solver = self.family.solver(self.family.entries(vector))
         except ValueError:
             return -np.inf
         residuals = _residuals([rollout(batch.field, solver).end for batch in self.train], self.train)
         loss = self._loss(residuals)
-        if loss == np.inf:
+        if loss == np.inf or not step.any():
             return -np.inf
-        self._broyden_update(step, residuals)
+        self._broyden_update(step[self.parameters], residuals)
         gain = 1 - loss / self.loss
         if gain > 0:
-            self.vector, self.residuals, self.loss = vector, residuals, loss
+            self.vector, self.solver, self.residuals, self.loss = vector, solver, residuals, loss
         return gain
 
     def _broyden_update(self, step: np.ndarray, residuals: list[torch.Tensor]):
@@ -172,12 +220,18 @@ def _difference_quotient(
 
 
 def _neighbour(family: SolverFamily, entries: np.ndarray, entry: Entry) -> tuple[SearchedSolver, float]:
-    """The solver where an entry has changed, and by how much: less, and to either side, where nodes are in the way."""
+    """
+    The solver where an entry has changed, and by how much: less, and to either side, where nodes are in the way.
+
+    Raises:
+        ValueError: If there is none however small the change.
+    """
     change = entry.change
-    while True:
+    for _ in range(MAX_HALVINGS):
         changed = entries.copy()
         changed[entry.index] += change
         try:
             return family.solver(changed), change
         except ValueError:
             change = -change / 2
+    raise ValueError(f"No solver is near {family.solver(entries)}: its nodes have met.")

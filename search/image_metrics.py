@@ -15,13 +15,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from .evaluate import Sampler
+from diffusers_searched_solver import SearchedSolver
+
 from .feature_network import FeatureNetwork
 from .field import FieldError, NetworkCalls, PipelineField
 from .metrics import MIN_IMAGES, distribution_metrics, inception_score, similarity
+from .problem import EVALUATION_SEEDS, split_seeds
 from .processes import gather, quiet, share
-from .rollout import Batch
-from .strategy import EVALUATION_SEEDS, split_seeds
+from .rollout import Batch, rollout
 from .teacher import count_batches, stream_batches
 
 
@@ -68,7 +69,7 @@ def load_feature_network(
 def measure_images(
     pipe: DiffusionPipeline,
     conditions: Sequence[Mapping],
-    samplers: Mapping[int, Mapping[str, Sampler]],
+    samplers: Mapping[int, Mapping[str, SearchedSolver]],
     network: FeatureNetwork,
     teacher_steps: int,
     args: argparse.Namespace,
@@ -131,12 +132,14 @@ def _in_order(stream: Iterator[list], num_parts: int, describe: Callable[[Any], 
         yield from gather(parts, [describe(part) for part in parts])
 
 
-def _describe(batch: Batch, contenders: Mapping[Hashable, Sampler], network: FeatureNetwork) -> dict[Hashable, dict]:
+def _describe(
+    batch: Batch, contenders: Mapping[Hashable, SearchedSolver], network: FeatureNetwork
+) -> dict[Hashable, dict]:
     """Of every sampler's images from one batch of noises: likeness to the teacher's, features, logits."""
     goals = _images(batch.field, batch.target)
     described = {TEACHER: network(goals)}
-    for key, sampler in contenders.items():
-        images = _images(batch.field, sampler(batch.field))
+    for key, solver in contenders.items():
+        images = _images(batch.field, rollout(batch.field, solver).end)
         described[key] = {**similarity(images, goals), **network(images)}
     batch.field.close()
     return described

@@ -7,25 +7,26 @@ from collections.abc import Mapping
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from diffusers_searched_solver import SearchedSolver, process_from_config
+from diffusers_searched_solver import SearchedSolver
 from diffusers_searched_solver.check import teacher_solver
 
-from .baselines import classical_solvers
+from .baselines import CLASSICAL, KnownTable, known_tables
 from .cache import TeacherCache
 from .evaluate import compare, format_table, samplers
 from .feature_network import FeatureNetwork
 from .field import NetworkCalls
 from .image_metrics import COLUMNS, format_metrics, measure_images
+from .noises import portion_end
+from .problem import EVALUATION_SEEDS, TUNING_SEEDS, make_noises, split_seeds
 from .progress import IMAGES, MEASURING, Progress
+from .race import best_of_families, race
 from .rollout import Batch, rollout, root_mean_square, sample_errors
-from .strategy import EVALUATION_SEEDS, TUNING_SEEDS, split_seeds
 from .teacher import make_batches
 from .trajectory import compare_trajectories, teacher_trajectory
 
 
 logger = logging.getLogger(__name__)
 
-TUNING_SAMPLES = 16
 EVALUATION_BATCH_SIZE = 32
 # The measuring teacher is this much finer than the one that is fitted to.
 EVALUATION_TEACHER = 2
@@ -37,6 +38,8 @@ def measure(
     pipe: DiffusionPipeline,
     conditions: list[dict],
     solvers: dict[int, SearchedSolver],
+    tuned: Mapping[int, Mapping[str, KnownTable]] | None,
+    teacher_steps: int,
     args: argparse.Namespace,
     network: FeatureNetwork | None,
     progress: Progress,
@@ -47,44 +50,55 @@ def measure(
     Every process measures its part of the samples; the trajectories are the main process's alone.
 
     Args:
+        tuned: By number of steps the best of each family of known tables, as the race of a search has found it;
+            without it they race on noises of their own.
+        teacher_steps (`int`): Of the teacher that solvers were fitted to; the one that measures is finer.
         network (*optional*): What `measure_images` compares images by; without it, it does not.
     """
-    teacher_steps = EVALUATION_TEACHER * args.teacher_steps
+    fitted_steps, teacher_steps = teacher_steps, EVALUATION_TEACHER * teacher_steps
     results, trajectories = {}, {}
     progress.begin(MEASURING)
-    calls = NetworkCalls(pipe, progress.update)
-    tuning, evaluation = (
-        make_batches(
-            pipe,
-            conditions,
-            split_seeds(args.seed, split, count),
-            EVALUATION_BATCH_SIZE,
-            teacher_steps,
-            calls,
-            TeacherCache(args.cache_dir),
-        )
-        for split, count in ((TUNING_SEEDS, TUNING_SAMPLES), (EVALUATION_SEEDS, args.num_eval_samples))
-    )
+    calls, cache = NetworkCalls(pipe, progress.update), TeacherCache(args.cache_dir)
+    settings = EVALUATION_BATCH_SIZE, teacher_steps, calls, cache
+    if tuned is None:
+        tuned = _tuned(pipe, conditions, solvers, args.seed, settings)
+    seeds = split_seeds(args.seed, EVALUATION_SEEDS, args.num_eval_samples)
+    evaluation = make_batches(pipe, conditions, seeds, *settings)
     for num_steps, solver in solvers.items():
-        results[str(num_steps)] = compare(solver, pipe.scheduler.config, tuning, evaluation)
+        results[str(num_steps)] = compare(solver, tuned[num_steps], evaluation)
         progress.write(
             f"\n{num_steps} steps, distance to the teacher's end on {args.num_eval_samples} held-out noises\n"
             + format_table(results[str(num_steps)])
         )
     found = {"num_samples": args.num_eval_samples, "teacher_steps": teacher_steps, "results": results}
     if PartialState().is_main_process:
-        found["teacher_error"] = _teacher_error(evaluation[0], args.teacher_steps, results)
-        trajectories = _trajectories(pipe, solvers, results, evaluation[0], teacher_steps)
-    for batch in [*tuning, *evaluation]:
+        found["teacher_error"] = _teacher_error(evaluation[0], fitted_steps, results)
+        teacher = teacher_trajectory(evaluation[0], teacher_steps)
+        for num_steps, solver in solvers.items():
+            classical = tuned[num_steps][CLASSICAL].solver
+            trajectories[str(num_steps)] = compare_trajectories(solver, classical, evaluation[0], teacher)
+    for batch in evaluation:
         batch.field.close()
     if network is not None:
         progress.begin(IMAGES)
-        rivals = {n: samplers(solver, pipe.scheduler.config, results[str(n)]) for n, solver in solvers.items()}
+        rivals = {n: samplers(solver, tuned[n]) for n, solver in solvers.items()}
         found["image_metrics"] = measure_images(pipe, conditions, rivals, network, teacher_steps, args, calls)
         for num_steps, rows in found["image_metrics"].get("results", {}).items():
             progress.write(f"\n{num_steps} steps, {args.image_metrics} images\n{format_metrics(rows)}")
     calls.remove()
     return {**found, "trajectories": trajectories}
+
+
+def _tuned(pipe, conditions, solvers, seed: int, settings) -> dict[int, dict[str, KnownTable]]:
+    """The best of each family of known tables, found on noises that nothing else is measured on."""
+    batch_size, teacher_steps, calls, cache = settings
+    noises = make_noises(pipe, conditions, seed, TUNING_SEEDS, teacher_steps, batch_size, calls, cache)
+    standings = {
+        n: race(known_tables(pipe.scheduler.config, n), noises, portion_end, lambda compute: compute())
+        for n in solvers
+    }
+    noises.close()
+    return {n: best_of_families(each) for n, each in standings.items()}
 
 
 def final_numbers(evaluation: Mapping) -> dict[str, float]:
@@ -93,17 +107,6 @@ def final_numbers(evaluation: Mapping) -> dict[str, float]:
     rows = [(n, row) for table in tables for n, of_steps in table.items() for row in of_steps]
     names = ("endpoint_error", *COLUMNS)
     return {f"{n} steps/{name}/{row['solver']}": row[name] for n, row in rows for name in names if name in row}
-
-
-def _trajectories(pipe, solvers, results, batch: Batch, teacher_steps: int) -> dict[str, list[dict]]:
-    process = process_from_config(pipe.scheduler.config)
-    teacher = teacher_trajectory(batch, teacher_steps)
-    trajectories = {}
-    for num_steps, solver in solvers.items():
-        setting = next(row["setting"] for row in results[str(num_steps)] if row["solver"] == "classical table")
-        classical = classical_solvers(process, num_steps)[setting]
-        trajectories[str(num_steps)] = compare_trajectories(solver, classical, batch, teacher)
-    return trajectories
 
 
 def _teacher_error(batch: Batch, teacher_steps: int, results: dict[str, list[dict]]) -> float:

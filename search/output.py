@@ -14,8 +14,8 @@ from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, S
 
 from .card import IMAGES, write_card
 from .images import SampleImages, draw_samples, image_grid
+from .problem import EVALUATION_SEEDS, split_seeds
 from .report import write_report
-from .strategy import EVALUATION_SEEDS, split_seeds
 
 
 GRID_SAMPLES = 8

@@ -5,14 +5,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffusers_searched_solver import NoiseProcess, SearchedSolver
+from diffusers_searched_solver.serialization import LATEST_CALL
 
 
 FRAME = "velocity"
-# A first node at the very beginning of the process would be a gap of zero, whose logarithm is minus infinity.
-FIRST_GAP = 0.02
+ORDER = 3
+# How far beyond its beginning and its end the gaps of a process are counted, as a share of it: a node that is at an
+# end has a gap there too, whose logarithm can be moved.
+MARGIN = 0.02
 # Two network calls at nearly one time would differ by noise alone, which large coefficients then amplify on other
-# samples. So gaps between calls are at least this share of those of a uniform grid.
+# samples. So gaps stay above this share of those of a uniform grid, or half of what the known solver has.
 GAP_SHARE = 0.1
+# Where the linear model is worth something: a step moves no gap by more than this factor, no network time by more than
+# this share of a gap and no coefficient by more than this.
+MAX_STRETCH, MAX_OFFSET, MAX_CORRECTION = 20.0, 2.0, 10.0
 # A difference quotient is best when a change grows with the square root of the rounding error. Up to this one, the
 # changes below are large enough; more than this many times as large, nodes would meet.
 EXACT, LARGEST_FACTOR = 1e-4, 10.0
@@ -38,62 +44,81 @@ class Entry:
 
 class SolverFamily:
     """
-    Solvers of N steps in the velocity frame, as a vector without constraints.
+    Solvers of N steps around a known one, in the velocity frame, as a vector without constraints.
 
         entries = (d, tau, o):  nodes at the times tau,  timesteps = tau + o,  coefficients = AB(nodes) + d
-        vector  = (d, z, o):    tau_i = T * sum_{k > i} g_k,  g = f + (1 - sum f) * softmax(z),  k = 0 ... N
+        vector  = (d, z, o):    tau_i = T * (1 + m - (1 + 2m) * sum_{k <= i} g_k),   g = f + (1 - sum f) * softmax(z)
 
-    where f is a least gap between calls and AB is the Adams-Bashforth table of the nodes. Because it follows them,
-    moving a node is worth about what it would be worth in a classical solver, instead of spoiling coefficients that
-    were made for other nodes (the authors of "GAS", arXiv 2510.17699, found this of corrections to DPM-Solver++). Row
-    sums are free.
+    where k = 0 ... N are the gaps between the beginning, the nodes and the end, m is a margin at both ends within
+    which tau is the end, f a least gap, and AB the Adams-Bashforth table of the nodes. Because it follows them, moving
+    a node is worth about what it would be worth in a classical solver, instead of spoiling coefficients that were made
+    for other nodes (the authors of "GAS", arXiv 2510.17699, found this of corrections to DPM-Solver++). Row sums are
+    free.
 
     A flow-matching run begins at pure noise whatever the first network time. If the network predicts velocities, the
-    nodes matter only through the coefficients and d already frees those, so o would be redundant and stays 0.
+    nodes matter only through the coefficients and d already frees those, so o would be redundant and stays as it is.
 
     Args:
         process (`NoiseProcess`): T is its `max_timestep`.
-        num_steps (`int`): N.
-        order (`int`): Of the Adams-Bashforth table.
+        known (`SearchedSolver`): What `start` is the vector of, but for nodes off the process: the family's are on it,
+            and it ends at the data.
         offsets (`bool`): Whether o is searched.
         rounding (`float`): `rounding_error` of the predictions.
 
     Source: for searched coefficients and step sizes by softmax, Wang et al., arXiv 2505.21114.
     """
 
-    def __init__(self, process: NoiseProcess, num_steps: int, order: int, offsets: bool, rounding: float = 0.0):
-        self.process, self.num_steps, self.order, self.offsets = process, num_steps, order, offsets
+    def __init__(self, process: NoiseProcess, known: SearchedSolver, offsets: bool, rounding: float = 0.0):
+        self.process, self.num_steps, self.offsets = process, known.num_steps, offsets
+        known = known.in_frame(FRAME)
         self._change = float(np.clip(np.sqrt(rounding / EXACT), 1.0, LARGEST_FACTOR))
-        self.rows, self.columns = np.tril_indices(num_steps)
-        self._splits = [len(self.rows), len(self.rows) + num_steps]
-        self._floor = np.full(num_steps + 1, GAP_SHARE / (num_steps + 1))
-        self._floor[0] = 0
+        self.rows, self.columns = np.tril_indices(self.num_steps)
+        self._splits = [len(self.rows), len(self.rows) + self.num_steps]
+        self._first = (float(known.alphas[0]), float(known.sigmas[0])) if process.kind == "flow_matching" else None
+        tau = process.timesteps(known.alphas, known.sigmas)[:-1]
+        if self._first:
+            # The first node stays; its time is the network's alone.
+            tau[0] = min(known.timesteps[0], process.max_timestep)
+        gaps = self._gaps(tau)
+        self._floor = np.minimum(GAP_SHARE / (self.num_steps + 1), gaps / 2)
+        free = gaps - self._floor
+        z = np.log(free / free.sum())
+        classical = self._classical(tau)
+        d = (known.coefficients - classical.coefficients)[self.rows, self.columns]
+        self.start = np.concatenate([d, z, known.timesteps - tau])
 
-    def vector(self, timesteps: np.ndarray) -> np.ndarray:
-        """The classical solver on a grid, whose first node moves a little if it is the beginning of the process."""
-        bounds = np.concatenate([[self.process.max_timestep], timesteps, [0]]) / self.process.max_timestep
-        gaps = -np.diff(bounds)
-        gaps[0] = max(gaps[0], FIRST_GAP)
-        free = np.maximum(gaps / gaps.sum() - self._floor, 0.1 * self._floor[1])
-        return np.concatenate([np.zeros(len(self.rows)), np.log(free / free.sum()), np.zeros(self.num_steps)])
+    def _gaps(self, tau: np.ndarray) -> np.ndarray:
+        bounds = np.concatenate([[1 + MARGIN], tau / self.process.max_timestep, [-MARGIN]])
+        return -np.diff(bounds) / (1 + 2 * MARGIN)
 
     def entries(self, vector: np.ndarray) -> np.ndarray:
         """(d, tau, o) of a vector."""
-        d, z, o = np.split(vector, [self._splits[0], self._splits[1] + 1])
+        d, z, o = self._split(vector)
         gaps = self._floor + (1 - self._floor.sum()) * _softmax(z)
-        return np.concatenate([d, self.process.max_timestep * (1 - np.cumsum(gaps)[:-1]), o])
+        tau = 1 + MARGIN - (1 + 2 * MARGIN) * np.cumsum(gaps)[:-1]
+        return np.concatenate([d, self.process.max_timestep * np.clip(tau, 0, 1), o])
+
+    def _split(self, vector: np.ndarray) -> list[np.ndarray]:
+        return np.split(vector, [self._splits[0], self._splits[1] + 1])
 
     def entry_jacobian(self, vector: np.ndarray) -> np.ndarray:
-        """d entries / d vector."""
+        """d entries / d vector, within the margins as if there were none."""
         n, k = self.num_steps, self._splits[0]
         shares = _softmax(vector[k : k + n + 1])
         below = np.arange(n + 1)[None, :] > np.arange(n)[:, None]
-        free = self.process.max_timestep * (1 - self._floor.sum())
+        free = (1 + 2 * MARGIN) * self.process.max_timestep * (1 - self._floor.sum())
         jacobian = np.zeros((k + 2 * n, k + 2 * n + 1))
         jacobian[:k, :k] = np.eye(k)
         jacobian[k : k + n, k : k + n + 1] = free * shares * (below - (below * shares).sum(1, keepdims=True))
         jacobian[k + n :, k + n + 1 :] = np.eye(n)
         return jacobian
+
+    def confined(self, vector: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """The step, shortened so far that the linear model around `vector` is still worth something at its end."""
+        d, z, o = self._split(np.abs(step))
+        gap = self.process.max_timestep / (self.num_steps + 1)
+        excess = max(d.max() / MAX_CORRECTION, np.ptp(z) / np.log(MAX_STRETCH), o.max() / (MAX_OFFSET * gap))
+        return step / max(excess, 1.0)
 
     def solver(self, entries: np.ndarray) -> SearchedSolver:
         """
@@ -103,19 +128,26 @@ class SolverFamily:
             ValueError: If they are none, for instance because two timesteps change places.
         """
         d, tau, o = np.split(entries, self._splits)
-        alphas, sigmas = self.process.alpha_sigma(tau)
-        if self.process.kind == "flow_matching":
-            alphas[0], sigmas[0] = 0.0, 1.0
-        alphas, sigmas = np.append(alphas, 1.0), np.append(sigmas, 0.0)
-        classical = SearchedSolver.adams_bashforth(tau, alphas, sigmas, FRAME, self.order)
+        classical = self._classical(tau)
         coefficients = np.array(classical.coefficients)
         coefficients[self.rows, self.columns] += d
-        return SearchedSolver(tau + o, alphas, sigmas, coefficients, FRAME, consistent=False)
+        # What a solver file may hold.
+        timesteps = np.clip(tau + o, 0, LATEST_CALL * self.process.max_timestep)
+        return SearchedSolver(timesteps, classical.alphas, classical.sigmas, coefficients, FRAME, consistent=False)
+
+    def _classical(self, tau: np.ndarray) -> SearchedSolver:
+        alphas, sigmas = self.process.alpha_sigma(tau)
+        if self._first:
+            alphas[0], sigmas[0] = self._first
+        times = np.arange(self.num_steps)[::-1]
+        return SearchedSolver.adams_bashforth(times, np.append(alphas, 1.0), np.append(sigmas, 0.0), FRAME, ORDER)
 
     def searched(self, entries: np.ndarray, times_only: bool) -> list[Entry]:
         """The entries that a search changes: the node times only, or everything."""
         tau = np.split(entries, self._splits)[1]
-        moves = -0.05 * self._change * (tau - np.append(tau[1:], 0))
+        moves = 0.05 * self._change * np.diff(np.append(tau, 0))
+        if tau[-1] == 0:
+            moves[-1] = -moves[-2]
         first = self._splits[0]
         # Node i is where step i - 1 ends.
         nodes = [Entry(first + i, max(i - 1, 0), i, moves[i]) for i in range(self.num_steps)]

@@ -12,10 +12,15 @@ class LostProcessError(RuntimeError):
     """Another process of the search has ended, so what it has of the samples is missing."""
 
 
-def share(items: Sequence) -> list:
-    """This process's part of `items`: every P-th of them, beginning with the process's number."""
+def share(items: Sequence, first: int = 0) -> list:
+    """
+    This process's part of `items`: every P-th of them.
+
+    Args:
+        first (`int`): How many have been dealt out before, so that the next is another process's turn.
+    """
     state = PartialState()
-    return list(items[state.process_index :: state.num_processes])
+    return list(items[(state.process_index - first) % state.num_processes :: state.num_processes])
 
 
 def gather(batches: Sequence, values: Sequence) -> list:
@@ -29,12 +34,12 @@ def gather(batches: Sequence, values: Sequence) -> list:
         values: One for each of them, on the CPU.
     """
     pairs = [(batch.index, value) for batch, value in zip(batches, values, strict=True)]
-    return [value for _, value in sorted(_all(pairs), key=lambda pair: pair[0])]
+    return [value for _, value in sorted(everyone(pairs), key=lambda pair: pair[0])]
 
 
 def total(count: int) -> int:
     """The sum over processes."""
-    return sum(_all([count]))
+    return sum(everyone([count]))
 
 
 def agree(value: Any) -> Any:
@@ -50,7 +55,8 @@ def quiet() -> bool | None:
     return None if PartialState().is_main_process else True
 
 
-def _all(values: list) -> list:
+def everyone(values: list) -> list:
+    """The values of all processes."""
     # Alone, accelerate would hand back the list itself or ask for a process group, depending on its version.
     if PartialState().num_processes == 1:
         return values

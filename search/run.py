@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from diffusers import DiffusionPipeline
 
+from diffusers_searched_solver import SearchedSolverScheduler
 from diffusers_searched_solver.calls import build_conditions
 from search.arguments import DTYPES, parse_arguments
 from search.card import check_place
@@ -27,7 +28,7 @@ from search.processes import LostProcessError
 from search.progress import Progress
 from search.publish import PublishError, check_target, publish
 from search.session import run_search
-from search.strategy import check_settings
+from search.strategy import check_settings, given_solvers
 
 
 # What a journal's outcomes depend on.
@@ -41,7 +42,7 @@ SETTINGS = (
     "num_samples",
     "teacher_steps",
     "fitter",
-    "iterations",
+    "start_solver",
     "max_calls",
     "batch_size",
     "mixed_precision",
@@ -66,10 +67,11 @@ def main(arguments: list[str] | None = None):
     conditions = build_conditions(pipe, args.class_labels, args.prompts, args.guidance_scale, args.call_kwargs)
     command = shlex.join(["accelerate", "launch", "search/run.py", *(arguments or sys.argv[1:])])
     report = _heading(pipe, conditions, args, command)
-    solvers = provenance = None
+    solvers = provenance = tuned = None
     if args.evaluate_only:
-        solvers, provenance, report = earlier_results(pipe, args, report)
-    check_settings(args.num_steps, conditions, args.num_samples, args.teacher_steps, args.batch_size)
+        solvers, provenance, tuned, report = earlier_results(pipe, args, report)
+    check_settings(args.num_steps, conditions, args.teacher_steps, args.batch_size)
+    given = given_solvers(pipe, args.start_solver and SearchedSolverScheduler.from_pretrained(args.start_solver))
     if args.num_eval_samples < 2:
         raise ValueError(f"`--num-eval-samples` is {args.num_eval_samples}, expected at least 2.")
     network = load_feature_network(pipe, conditions[0], args)
@@ -84,8 +86,12 @@ def main(arguments: list[str] | None = None):
     accelerator.init_trackers("searched_solver", {name: str(value) for name, value in settings.items()})
     with Progress(expected_calls(pipe, conditions, args), accelerator.log) as progress:
         if journal is not None:
-            solvers, report["search"] = run_search(pipe, conditions, args, calls, journal, progress)
-        report["evaluation"] = {"command": command, **measure(pipe, conditions, solvers, args, network, progress)}
+            outcomes, report["search"] = run_search(pipe, conditions, args, given, calls, journal, progress)
+            solvers = {n: outcome.solver for n, outcome in outcomes.items()}
+            tuned = {n: outcome.tuned for n, outcome in outcomes.items()}
+        teacher_steps = report["search"]["teacher_steps"] if "search" in report else args.teacher_steps
+        found = measure(pipe, conditions, solvers, tuned, teacher_steps, args, network, progress)
+        report["evaluation"] = {"command": command, **found}
         progress.track(final_numbers(report["evaluation"]))
     if accelerator.is_main_process:
         write_results(pipe, conditions, solvers, report, args.output_dir, provenance)
@@ -150,7 +156,7 @@ if __name__ == "__main__":
         print(f"Stopped. {GO_ON}", file=sys.stderr)
         sys.exit(STOPPED)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {error}\nLower --batch-size or --num-samples, or use more processes.")
+        sys.exit(f"error: {error}\nLower --batch-size, or use more processes.")
     except (LostProcessError, OSError) as error:
         sys.exit(f"error: {error}\nThis has to be put right first. {GO_ON}")
     except (ValueError, FieldError, PublishError) as error:

@@ -1,9 +1,9 @@
 """One search as the command line asks for it, by either fitter."""
 
 import argparse
-import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
@@ -17,8 +17,10 @@ from .gradient import Recipe, fit_by_gradient, recipe_teacher
 from .journal import Journal
 from .memory import inference_memory, peak_memory
 from .output import write_solvers
+from .parameters import FRAME
+from .problem import TRAIN_SEEDS, Problem, search_problem, split_seeds
 from .progress import TEACHER, Finding, Progress
-from .strategy import TRAIN_SEEDS, Problem, fit_solver, search_problem, split_seeds
+from .strategy import Outcome, default_calls, fit_solver, judge_solver
 
 
 # Updates of the gradient fitter from one line to the next.
@@ -29,60 +31,68 @@ def run_search(
     pipe: DiffusionPipeline,
     conditions: list[dict],
     args: argparse.Namespace,
+    given: Mapping[int, SearchedSolver],
     calls: NetworkCalls,
     journal: Journal,
     progress: Progress,
-) -> tuple[dict[int, SearchedSolver], dict]:
+) -> tuple[dict[int, Outcome], dict]:
     """
     Search a solver for each step count; in `args.output_dir` are ever better ones meanwhile.
 
+    Args:
+        given: Solvers to begin from, by number of steps.
+
     Returns:
-        The solvers by number of steps, and the `search` of a report, i.e. what it cost.
+        The outcomes by number of steps, and the `search` of a report, i.e. what they cost and are worth.
     """
-    solvers, costs, problem = {}, {}, None
+    outcomes, costs = {}, {}
     memory = inference_memory(pipe, conditions[0], args.batch_size)
     calls.on_call = progress.update
-    started = time.perf_counter()
-    if args.fitter == "gauss-newton":
-        progress.begin(TEACHER)
-        problem = _problem(pipe, conditions, args, calls)
-        journal.check(problem.fingerprint())
-        sizes = {"iterations": args.iterations, "max_calls": args.max_calls}
-        fit = functools.partial(fit_solver, problem, journal=journal, tell=progress.found, **sizes)
-    else:
+    progress.begin(TEACHER)
+    if args.fitter == "gradient":
         journal.check(_fingerprint(pipe, conditions[0], args, calls))
-        fit = functools.partial(_fit_by_gradient, pipe, conditions, args, calls, journal, progress.found)
-    teacher_calls = problem.teacher_calls if problem else 0
-    teacher_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    settings = args.seed, args.teacher_steps, args.batch_size, calls, TeacherCache(args.cache_dir)
+    problem = search_problem(pipe, conditions, args.num_steps, *settings)
+    if args.fitter == "gauss-newton":
+        journal.check(problem.fingerprint())
+    seconds = time.perf_counter() - started
     for num_steps in args.num_steps:
         progress.begin(f"{num_steps} steps")
         before, started = journal.spent, time.perf_counter()
-        for solver in fit(num_steps=num_steps):
-            if solver is not solvers.get(num_steps):
-                solvers[num_steps] = solver
+        if args.fitter == "gauss-newton":
+            found = {n: outcome.solver for n, outcome in outcomes.items()}
+            budget = default_calls(problem, num_steps) if args.max_calls is None else args.max_calls
+            steps = fit_solver(problem, num_steps, budget, journal, progress.found, {**found, **given})
+        else:
+            steps = _fit_by_gradient(pipe, conditions, args, calls, problem, journal, progress.found, num_steps)
+        for outcome in steps:
+            if num_steps not in outcomes or outcome.solver is not outcomes[num_steps].solver:
+                outcomes[num_steps] = outcome
                 if PartialState().is_main_process:
+                    solvers = {n: outcome.solver for n, outcome in outcomes.items()}
                     write_solvers(pipe, solvers, args.output_dir, {"base_model": args.pipeline})
+            outcomes[num_steps] = outcome
+        progress.write(outcomes[num_steps].verdict)
         costs[str(num_steps)] = {
-            "network_calls": teacher_calls + journal.spent - before,
-            "seconds": round(time.perf_counter() - started + teacher_seconds, 2),
+            "network_calls": problem.calls + journal.spent - before,
+            "seconds": round(time.perf_counter() - started + seconds, 2),
         }
     calls.remove()
-    if problem:
-        problem.close()
-    return solvers, {
+    problem.close()
+    return outcomes, {
         "fitter": args.fitter,
-        "num_samples": args.num_samples,
-        "teacher_steps": args.teacher_steps,
-        "teacher_network_calls": teacher_calls,
+        "num_samples": problem.train.made if args.fitter == "gauss-newton" else args.num_samples,
+        "teacher_steps": problem.teacher_steps,
+        "least_teacher_steps": args.teacher_steps,
+        "teacher_network_calls": problem.calls,
+        "hard_noises": problem.heavy,
+        "verdicts": {str(n): outcome.verdict for n, outcome in outcomes.items()},
+        "improved": {str(n): outcome.improved for n, outcome in outcomes.items()},
+        "tuned": {str(n): {f: table.setting for f, table in o.tuned.items()} for n, o in outcomes.items()},
         "cost_with_teacher": costs,
         "peak_memory_over_inference": peak_memory(pipe.device) / memory,
     }
-
-
-def _problem(pipe, conditions, args, calls) -> Problem:
-    cache = TeacherCache(args.cache_dir)
-    sizes = args.num_samples, args.seed, args.teacher_steps, args.batch_size
-    return search_problem(pipe, conditions, *sizes, calls, cache)
 
 
 def _fingerprint(pipe, condition: dict, args, calls) -> str:
@@ -94,8 +104,8 @@ def _fingerprint(pipe, condition: dict, args, calls) -> str:
 
 
 def _fit_by_gradient(
-    pipe, conditions, args, calls, journal: Journal, tell: Callable[[Finding], None], num_steps: int
-) -> Iterator[SearchedSolver]:
+    pipe, conditions, args, calls, problem: Problem, journal: Journal, tell: Callable[[Finding], None], num_steps: int
+) -> Iterator[Outcome]:
     first_seed = split_seeds(args.seed, TRAIN_SEEDS, 1)[0]
     network = DifferentiableNetwork(pipe, conditions, args.batch_size, calls, first_seed)
     recipe = Recipe(num_samples=args.num_samples, teacher_steps=args.teacher_steps)
@@ -105,4 +115,5 @@ def _fit_by_gradient(
         if update % UPDATES_PER_LINE == 0:
             numbers = {"loss": iteration.loss, "network calls": journal.spent - before}
             tell(Finding(num_steps, f"{iteration.num_samples:,} noises", numbers))
-        yield iteration.solver
+    solver = replace(iteration.solver.in_frame(FRAME), consistent=False)
+    yield judge_solver(problem, solver, journal, tell)

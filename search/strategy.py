@@ -1,96 +1,206 @@
-"""The search of a solver: from classical tables over node times to everything, with ever more samples."""
+"""The search of a solver: what is known races, the best of different kinds are improved, and one is judged best."""
 
-import functools
-import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from diffusers_searched_solver import NoiseProcess, SearchedSolver, SearchedSolverScheduler, time_grid
+from diffusers_searched_solver import NoiseProcess, SearchedSolver, SolverFile, time_grid
+from diffusers_searched_solver.scheduler import SearchedSolverScheduler
 
-from .cache import TeacherCache
+from .baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, at_other_steps, known_tables
+from .contest import Contest, score
 from .field import NetworkCalls
 from .gauss_newton import gauss_newton_iteration
 from .journal import Journal
-from .parameters import SolverFamily
-from .processes import agree, gather, total
+from .noises import Weights, portion_end
+from .parameters import FRAME, ORDER, SolverFamily
+from .problem import BATCH_SIZE, TEACHER_STEPS, Problem, search_problem
 from .progress import Finding
-from .rollout import Batch, endpoint_errors, root_mean_square
-from .rounding import rounding_error
-from .teacher import NO_CACHE, count_batches, make_batches
+from .race import RUNGS, Standing, best_of_families, gathered_weights, race
+from .rollout import Batch, endpoint_errors, rollout, sample_errors
 
 
-# Where each split's seeds begin, so that none has a sample of another.
-TRAIN_SEEDS, HELD_OUT_SEEDS, TUNING_SEEDS, EVALUATION_SEEDS = 0, 10**6, 2 * 10**6, 3 * 10**6
-NUM_SAMPLES = 16
-TEACHER_STEPS = 64
-BATCH_SIZE = 4
-MAX_CALLS = 15_000
-ITERATIONS = 2
-ORDER = 3
+# Network calls of a search, and what more for each step of the solver times their number: a Jacobian has about as many
+# columns as there are steps squared.
+BASE_CALLS, CALLS_PER_SQUARED_STEP = 5_700, 180
+# Noises of the stages, each at the end of a portion: node times, everything at first, everything from then on. Twice
+# as many, and calls, where a few noises are much harder than others, and for every guidance scale.
+TIMES_NOISES, FIRST_NOISES, LATER_NOISES = 4, 8, 16
+# Noises that judge, and that may where two solvers cannot be told apart.
+JUDGES, MOST_JUDGES = 16, 64
+# Contenders whose score is more than this many times the best one's are not worth an iteration.
+CLOSE = 1.6
+# Samples weigh 1 / error of the best known solver, but no more than if it were this share of the usual one.
+LEAST_KNOWN = 0.01
+# Residuals that there are at least for the squared number of steps, about as many as numbers of a table.
+RESIDUALS = 4
+# Trials that an iteration usually makes.
+USUAL_TRIALS = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    What a search for one step count has found.
+
+    Args:
+        solver (`SearchedSolver`): The best.
+        best_known (`KnownTable`): What was best of all that was known before.
+        contest (`Contest`, *optional*): The solver against `best_known` on `num_judges` noises that neither was fitted
+            to; None if it is that table.
+        tuned (`dict[str, KnownTable]`): The best of each family of known tables.
+    """
+
+    solver: SearchedSolver
+    best_known: KnownTable
+    contest: Contest | None
+    num_judges: int
+    tuned: Mapping[str, KnownTable]
+
+    @property
+    def improved(self) -> bool:
+        """Whether searching has improved on what was known."""
+        return self.contest is not None
+
+    @property
+    def verdict(self) -> str:
+        """What came out, as a sentence."""
+        steps = f"{self.solver.num_steps} steps"
+        if not self.improved:
+            return (
+                f"{steps}: searching has not improved on {self.best_known}, so the solver is its table, exactly. Use "
+                "it as it is, or search again with a larger `max_calls`."
+            )
+        return (
+            f"{steps}: better than {self.best_known}, the best that was known: {self.contest} ({self.num_judges} "
+            "noises that were not fitted)."
+        )
+
+
+@dataclass(frozen=True)
+class Contender:
+    """
+    A solver on its way.
+
+    Args:
+        name (`str`): What it began as.
+        solver (`SearchedSolver`): What it is.
+        errors, weights (`torch.Tensor`): On the noises that judge, and what these weigh.
+        family, vector (*optional*): Where it is searched on.
+    """
+
+    name: str
+    solver: SearchedSolver
+    errors: torch.Tensor
+    weights: torch.Tensor
+    family: SolverFamily | None = None
+    vector: np.ndarray | None = None
+
+    @property
+    def error(self) -> float:
+        """The root mean square over noises; infinite if one is not finite."""
+        error = float((self.errors.square() * self.weights / self.weights.sum()).sum().sqrt())
+        return error if np.isfinite(error) else np.inf
 
 
 def search_solver(
+    pipe: DiffusionPipeline, num_steps: int, conditions: Sequence[Mapping], **settings
+) -> SearchedSolver:
+    """
+    Search a solver for a pipeline: what [`find_solver`] finds, without what it says of it.
+
+    Args:
+        pipe, num_steps, conditions, settings: As in [`find_solver`].
+
+    Returns:
+        `SearchedSolver`: On the noises that judge no worse than any solver that was known before.
+    """
+    return find_solver(pipe, num_steps, conditions, **settings).solver
+
+
+def find_solver(
     pipe: DiffusionPipeline,
     num_steps: int,
     conditions: Sequence[Mapping],
-    num_samples: int = NUM_SAMPLES,
+    max_calls: int | None = None,
     seed: int = 0,
     teacher_steps: int = TEACHER_STEPS,
     batch_size: int = BATCH_SIZE,
-    iterations: int = ITERATIONS,
-    max_calls: int = MAX_CALLS,
+    given: SolverFile | None = None,
     log: Callable[[str], None] = lambda line: None,
-) -> SearchedSolver:
+) -> Outcome:
     """
-    Search a solver for a pipeline by damped Gauss-Newton steps; `gradient.fit_by_gradient` is the paper's way.
+    Search a solver for a pipeline by damped Gauss-Newton steps, from the best that is known;
+    `gradient.fit_by_gradient` is the paper's way.
 
     Args:
         pipe (`DiffusionPipeline`): Any pipeline whose noise process its scheduler's config describes.
         num_steps (`int`): Steps of the solver, at least 2.
         conditions: Keyword arguments for the pipeline's call that make one sample each, used in turn, for instance
             `[{"class_labels": [k], "guidance_scale": 2.0} for k in range(10)]` or `[{"prompt": "a cat"}]`.
-        num_samples (`int`): Noises to fit; a quarter as many more judge.
+        max_calls (`int`, *optional*): Network calls, guidance and the teacher included; by default `default_calls`.
+            They decide how many noises, starts and iterations there are.
         seed (`int`): Of the noises.
-        teacher_steps (`int`): Steps of the run whose end point is the goal.
+        teacher_steps (`int`): Steps of the run whose end point is the goal, at least; they are doubled until its own
+            error is small against that of the solvers.
         batch_size (`int`): Samples in one call of the pipeline.
-        iterations (`int`): Over all samples. At 5 steps, more than two find little; at 8 and 10 they find more, if
-            `max_calls` allows them.
-        max_calls (`int`): Network calls, guidance included, that are not exceeded by iterations after the first, which
-            is always made.
+        given (`SolverFile`, *optional*): Further solvers to begin from, for the same kind of noise process.
         log: Is given lines that say what the search has found so far.
 
     Returns:
-        `SearchedSolver`: Never worse, on the judging noises, than the classical solver it started from.
+        `Outcome`: The solver, and what it is worth.
 
     Raises:
-        ValueError: If an argument is out of range, or there is nothing to search with.
+        ValueError: If an argument is out of range, there is nothing to search with, or `given` is for another process.
         FieldError: If the pipeline's call fails.
     """
-    check_settings([num_steps], conditions, num_samples, teacher_steps, batch_size)
+    check_settings([num_steps], conditions, teacher_steps, batch_size)
+    others = given_solvers(pipe, given)
     calls = NetworkCalls(pipe)
     problem = None
     try:
-        problem = search_problem(pipe, conditions, num_samples, seed, teacher_steps, batch_size, calls)
-        journal = Journal(calls)
-        *_, solver = fit_solver(problem, num_steps, iterations, max_calls, journal, lambda found: log(str(found)))
-        return solver
+        problem = search_problem(pipe, conditions, [num_steps], seed, teacher_steps, batch_size, calls)
+        journal, budget = Journal(calls), default_calls(problem, num_steps) if max_calls is None else max_calls
+        *_, outcome = fit_solver(problem, num_steps, budget, journal, lambda found: log(str(found)), others)
+        log(outcome.verdict)
+        return outcome
     finally:
         calls.remove()
         if problem is not None:
             problem.close()
 
 
-def check_settings(step_counts, conditions, num_samples, teacher_steps, batch_size):
+def default_calls(problem: Problem, num_steps: int) -> int:
+    """Network calls that a search has unless it is told otherwise."""
+    return problem.factor * usual_calls(num_steps)
+
+
+def usual_calls(num_steps: int) -> int:
+    """Network calls at one guidance scale, where no noises are much harder than others."""
+    return BASE_CALLS + CALLS_PER_SQUARED_STEP * num_steps**2
+
+
+def judge_solver(problem: Problem, solver: SearchedSolver, journal: Journal, tell=lambda found: None) -> Outcome:
+    """
+    The outcome of a search that was made otherwise: the solver, or the best that is known if it is not better.
+
+    Args:
+        problem: Noises to race the known tables on, and to judge.
+        journal, tell: As in `fit_solver`.
+    """
+    return _Fit(problem, solver.num_steps, np.inf, journal, tell, {}).judge(solver)
+
+
+def check_settings(step_counts, conditions, teacher_steps, batch_size):
     """Refuse settings that no search can run with."""
     if not conditions:
         raise ValueError("`conditions` is empty. Give the keyword arguments of at least one call of the pipeline.")
-    minima = {"num_samples": 1, "batch_size": 1, "teacher_steps": 2 * max(step_counts)}
-    given = {"num_samples": num_samples, "batch_size": batch_size, "teacher_steps": teacher_steps}
+    minima = {"batch_size": 1, "teacher_steps": 2 * max(step_counts)}
+    given = {"batch_size": batch_size, "teacher_steps": teacher_steps}
     for name, minimum in minima.items():
         if given[name] < minimum:
             raise ValueError(f"`{name}` is {given[name]}, expected at least {minimum}.")
@@ -99,145 +209,303 @@ def check_settings(step_counts, conditions, num_samples, teacher_steps, batch_si
             raise ValueError(f"`num_steps` is {num_steps}, expected at least 2: one step leaves nothing to search.")
 
 
-@dataclass(frozen=True)
-class Problem:
+def given_solvers(
+    pipe: DiffusionPipeline, given: SolverFile | SearchedSolverScheduler | None
+) -> dict[int, SearchedSolver]:
     """
-    What a solver is fitted to.
+    The solvers of a file, or of the scheduler that runs them, carried over to the pipeline's noise process.
 
-    Args:
-        process, prediction_type: Of the pipeline.
-        rounding (`float`): Of its predictions.
-        train, held_out: This process's samples to fit, and samples that judge.
-        num_train_batches (`int`): Of all processes.
-        teacher_calls (`int`): What the teacher's end points cost all processes.
+    Raises:
+        ValueError: If they are for another kind of process, or there are none.
     """
-
-    process: NoiseProcess
-    prediction_type: str
-    rounding: float
-    train: list[Batch]
-    held_out: list[Batch]
-    num_train_batches: int
-    teacher_calls: int
-
-    def share_of_train(self, parts: int) -> list[Batch]:
-        """This process's of the first 1 / `parts` of the batches to fit, at least one over all processes."""
-        last = max(1, self.num_train_batches // parts)
-        return [batch for batch in self.train if batch.index[0] < last]
-
-    def fingerprint(self) -> str:
-        """A hash of the noises and the teacher's end points of all processes."""
-        batches = [*self.train, *self.held_out]
-        digests = [_digest(batch.field.noise, batch.target) for batch in batches]
-        return hashlib.sha256("".join(gather(batches, digests)).encode()).hexdigest()
-
-    def close(self):
-        """End the pipeline's calls."""
-        for batch in [*self.train, *self.held_out]:
-            batch.field.close()
-
-
-def search_problem(
-    pipe: DiffusionPipeline,
-    conditions: Sequence[Mapping],
-    num_samples: int,
-    seed: int,
-    teacher_steps: int,
-    batch_size: int,
-    calls: NetworkCalls,
-    cache: TeacherCache = NO_CACHE,
-) -> Problem:
-    """The noises to fit and, a quarter as many, the noises that judge, with the teacher's end points."""
-    own = SearchedSolverScheduler.from_config(pipe.scheduler.config)
-    before = calls.count
-    train, held_out = (
-        make_batches(pipe, conditions, split_seeds(seed, split, count), batch_size, teacher_steps, calls, cache)
-        for split, count in ((TRAIN_SEEDS, num_samples), (HELD_OUT_SEEDS, max(1, num_samples // 4)))
-    )
-    rounding = agree(rounding_error(train[0].field) if PartialState().is_main_process else None)
-    num_batches = count_batches(conditions, num_samples, batch_size)
-    spent = total(calls.count - before)
-    return Problem(own.process, own.config.prediction_type, rounding, train, held_out, num_batches, spent)
-
-
-def _digest(*tensors: torch.Tensor) -> str:
-    content = b"".join(tensor.cpu().float().numpy().tobytes() for tensor in tensors)
-    return hashlib.sha256(content).hexdigest()
-
-
-def split_seeds(seed: int, split: int, count: int) -> list[int]:
-    """Seeds of one split's samples."""
-    return [seed * 10**7 + split + k for k in range(count)]
+    if given is None:
+        return {}
+    file = given if isinstance(given, SolverFile) else given.solver_file
+    if file is None:
+        raise ValueError("The scheduler to start from has no searched solver. Name one that has.")
+    return dict(SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=file).solver_file.solvers)
 
 
 def fit_solver(
     problem: Problem,
     num_steps: int,
-    iterations: int,
     max_calls: int,
     journal: Journal,
-    tell: Callable[[Finding], None],
-) -> Iterator[SearchedSolver]:
+    tell: Callable[[Finding], None] = lambda found: None,
+    given: Mapping[int, SearchedSolver] = {},  # noqa: B006
+) -> Iterator[Outcome]:
     """
-    Search in three stages: the node times of an Adams-Bashforth solver, from several grids, on a quarter of the
-    samples; everything, from the best of these, on half of them; everything on all.
+    Search a solver within a budget.
 
-    Few numbers need few samples, and what the first stages find is near enough for the last to converge: from a
-    classical grid, the last alone stalls in a local minimum. Which grid is worth going on from shows after one
-    iteration, not before.
+    1. All known tables race: diffusers' schedulers, classical ones, given ones and those of neighbouring step counts.
+    2. Node times of Adams-Bashforth solvers are searched on a few noises, from several grids: few numbers need few
+       samples, and from there everything converges where from a classical grid it stalls.
+    3. The best of different kinds that are near to the best of all take one iteration over everything.
+    4. The best of these takes as many more as there are calls for, each on fresh noises, on twice as many where what
+       was fitted does not show on the noises that judge.
+    5. More noises judge until the best and the best that was known are told apart. If it is not better, that is it.
 
     Args:
         problem: What to fit.
         num_steps (`int`): N.
-        iterations, max_calls (`int`): As in `search_solver`.
+        max_calls (`int`): Network calls, those of `problem` included.
         journal: Knows what an interrupted search has done already.
-        tell: Is told what every iteration has found.
+        tell: Is told what every stage has found.
+        given: Solvers to begin from, by number of steps.
 
     Yields:
-        `SearchedSolver`: After every iteration, the visited one of the smallest error on the samples that judge.
+        `Outcome`: Ever better ones; the last is decided.
+
+    Raises:
+        ValueError: If the budget is too small for one iteration.
     """
-    family = make_family(problem.process, problem.prediction_type, num_steps, problem.rounding)
-    quarter, half = problem.share_of_train(4), problem.share_of_train(2)
-    start = journal.spent
-    visited: list[tuple[float, SearchedSolver]] = []
-
-    def error(batches: Sequence[Batch], vector: np.ndarray) -> float:
-        solver = family.solver(family.entries(vector))
-        return journal.remember(lambda: root_mean_square(endpoint_errors(batches, solver)))
-
-    def iterate(vector: np.ndarray, batches: Sequence[Batch], times_only: bool) -> np.ndarray:
-        compute = functools.partial(gauss_newton_iteration, family, vector, batches, times_only)
-        return np.array(journal.remember(lambda: compute()[0].tolist()))
-
-    def visit(vector: np.ndarray, stage: str) -> SearchedSolver:
-        visited.append((error(problem.held_out, vector), family.solver(family.entries(vector))))
-        calls = problem.teacher_calls + journal.spent - start
-        tell(Finding(num_steps, stage, {"held-out error": visited[-1][0], "network calls": calls}))
-        return min(visited, key=lambda pair: pair[0])[1]
-
-    starts = [family.vector(timesteps) for timesteps in start_grids(problem.process, num_steps)]
-    yield visit(min(starts, key=lambda vector: error(quarter, vector)), "classical start")
-    moved = [iterate(vector, quarter, times_only=True) for vector in starts]
-    vector = iterate(min(moved, key=lambda vector: error(quarter, vector)), quarter, times_only=True)
-    yield visit(vector, "node times")
-    vector = iterate(vector, half, times_only=False)
-    yield visit(vector, "everything, half of the noises")
-    for iteration in range(1, iterations + 1):
-        before = journal.spent
-        vector = iterate(vector, problem.train, times_only=False)
-        yield visit(vector, f"everything, iteration {iteration}")
-        spent = problem.teacher_calls + journal.spent - start
-        if spent + journal.spent - before > max_calls:
-            return
+    return _Fit(problem, num_steps, max_calls, journal, tell, given).run()
 
 
-def make_family(process: NoiseProcess, prediction_type: str, num_steps: int, rounding: float = 0.0) -> SolverFamily:
-    """The solvers among which a search looks."""
-    return SolverFamily(process, num_steps, ORDER, prediction_type != "flow_prediction", rounding)
+class _Fit:
+    """One call of `fit_solver`."""
+
+    def __init__(self, problem, num_steps, max_calls, journal, tell, given):
+        self.problem, self.num_steps, self.max_calls = problem, num_steps, max_calls
+        self.journal, self.tell, self.start = journal, tell, journal.spent
+        self.num_judges = portion_end(problem.judges_factor * JUDGES)
+        tables = [*known_tables(problem.config, num_steps), *self._given(given)]
+        # Any of them may be what is written, in one file with searched ones.
+        self.tables = [replace(t, solver=replace(t.solver.in_frame(FRAME), consistent=False)) for t in tables]
+        self._check_budget()
+
+    def _many(self, noises: int) -> int:
+        """As many times the usual number of noises as this problem needs, at the end of a portion."""
+        return portion_end(self.problem.factor * noises)
+
+    def _enough(self, noises: int) -> int:
+        """As many, or as many as have a few residuals for every number of a table: states of toys are so small."""
+        return max(self._many(noises), portion_end(math.ceil(RESIDUALS * self.num_steps**2 / self.problem.elements)))
+
+    def _given(self, given: Mapping[int, SearchedSolver]) -> list[KnownTable]:
+        """Those of these steps, or what those of others say of these."""
+        if self.num_steps in given:
+            return [KnownTable(GIVEN, "", given[self.num_steps], False)]
+        process, steps = self.problem.process, self.num_steps
+        tables = {count: at_other_steps(solver, process, steps) for count, solver in given.items()}
+        return [KnownTable(NEIGHBOUR, f"of {count} steps", table, False) for count, table in tables.items()]
+
+    def _check_budget(self):
+        first = self._enough(FIRST_NOISES)
+        racing = sum(len(self.tables) * share * self._many(noises) for noises, share in RUNGS) * self.num_steps / 2
+        teacher = self.problem.teacher_steps * (first + self.num_judges)
+        judging = 4 * self.num_judges * self.num_steps
+        least = int((teacher + racing + judging + self._iteration(first)) * self.problem.calls_per_evaluation)
+        if self.max_calls < least:
+            raise ValueError(
+                f"`max_calls` is {self.max_calls:,}, expected at least {least:,} for {self.num_steps} steps: the "
+                f"teacher's {self.problem.teacher_steps} steps from {first + self.num_judges} noises, the race of all "
+                "that is known and one iteration. Allow more, or search for fewer steps."
+            )
+
+    @property
+    def left(self) -> float:
+        """Evaluations of one sample that there are calls for."""
+        spent = self.problem.calls + self.journal.spent - self.start
+        return (self.max_calls - spent) / self.problem.calls_per_evaluation
+
+    def _iteration(self, noises: int, times_only: bool = False) -> int:
+        """Evaluations of an iteration, and of judging it."""
+        n = self.num_steps
+        family = make_family(self.problem, self.tables[0].solver)
+        columns = sum(n - entry.known for entry in family.searched(family.entries(family.start), times_only))
+        runs = 2 + USUAL_TRIALS
+        judged = 1 + (USUAL_TRIALS + 1) / 2 if self.problem.heavy else 1
+        return int(noises * (columns + runs * n) + (0 if times_only else judged * self.num_judges * n))
+
+    def run(self) -> Iterator[Outcome]:
+        """Search."""
+        known = self._raced()
+        yield self._found(self.known, "best that is known")
+        # Where classical tables lead, the staged ones lead farther.
+        starts = [each for each in known if not each.name.startswith(CLASSICAL) or each is self.known]
+        families = [make_family(self.problem, each.solver) for each in starts]
+        starts = [replace(s, family=f, vector=f.start) for s, f in zip(starts, families, strict=True)]
+        best = yield from self._improved([*starts, self._staged()])
+        yield self._decided(best)
+
+    def judge(self, solver: SearchedSolver) -> Outcome:
+        """Judge a solver that was found otherwise."""
+        self._raced()
+        return self._decided(self._judged("searched", solver))
+
+    def _raced(self) -> list[Contender]:
+        """The best known tables of different kinds, on the noises that judge."""
+        standings = race(self.tables, self.problem.train, self._many, self.journal.remember)
+        best = _best_of_kinds(standings, self.problem.factor)
+        starts = [self._judged(str(table), table.solver) for table in best]
+        # What follows from other step counts is a start, but nothing that anybody knew.
+        self.tuned = best_of_families([each for each in standings if each.table.family not in (GIVEN, NEIGHBOUR)])
+        known = [each for each, table in zip(starts, best, strict=True) if table.family != NEIGHBOUR]
+        self.known = min(known, key=lambda contender: score(contender.errors, contender.weights))
+        self.best_known = next(table for table in best if table.solver is self.known.solver)
+        return starts
+
+    def _judged(self, name: str, solver: SearchedSolver, family=None, vector=None) -> Contender:
+        """A contender with its errors on the noises that judge."""
+        batches = self.problem.judging.between(0, self.num_judges)
+        errors = torch.tensor(self.journal.remember(lambda: endpoint_errors(batches, solver).tolist()))
+        weights = gathered_weights(self.problem.judging, 0, self.num_judges)
+        return Contender(name, solver, errors.double(), weights, family, vector)
+
+    def _rank(self, contender: Contender) -> float:
+        return Contest.of(contender.errors, self.known.errors, contender.weights).rank
+
+    def _judge_of_steps(self) -> Callable[[SearchedSolver], float] | None:
+        """
+        The rank of a solver on some of the noises that judge. Where a few noises are much harder than others, a step
+        that is good for those that are fitted may be very bad for others.
+        """
+        if not self.problem.heavy:
+            return None
+        some = portion_end(self.num_judges // 2)
+        batches, weights = self.problem.judging.between(0, some), gathered_weights(self.problem.judging, 0, some)
+
+        def rank(solver: SearchedSolver) -> float:
+            errors = endpoint_errors(batches, solver)
+            return Contest.of(errors, self.known.errors[: len(errors)], weights).rank
+
+        return rank
+
+    def _found(self, best: Contender, stage: str) -> Outcome:
+        calls = self.problem.calls + self.journal.spent - self.start
+        contest = Contest.of(best.errors, self.known.errors, best.weights)
+        numbers = {"judged error": best.error, "ratio": contest.ratio, "geometric mean": contest.geometric_mean}
+        self.tell(Finding(self.num_steps, f"{stage} ({best.name})", {**numbers, "network calls": calls}))
+        return self._outcome(best)
+
+    def _outcome(self, best: Contender) -> Outcome:
+        contest = Contest.of(best.errors, self.known.errors, best.weights)
+        if best is self.known or not contest.is_better:
+            return Outcome(self.best_known.solver, self.best_known, None, self.num_judges, self.tuned)
+        return Outcome(best.solver, self.best_known, contest, self.num_judges, self.tuned)
+
+    def _iterated(self, contender: Contender, start: int, stop: int, times_only: bool) -> tuple[Contender, float]:
+        """A contender after one iteration on some noises, and the share of the loss that is left on them."""
+        batches, weights = self.problem.train.between(start, stop), self.problem.train.weights(start, stop)
+        judge = None if times_only else self._judge_of_steps()
+
+        def compute() -> dict:
+            known = self._known_errors(batches, weights)
+            try:
+                fitted = gauss_newton_iteration(contender.family, contender.vector, batches, known, times_only, judge)
+            except ValueError as error:
+                # The solver differs so little from one without finite ends that it is none itself.
+                return {"error": str(error)}
+            return {"vector": fitted.vector.tolist(), "loss": fitted.loss}
+
+        found = self.journal.remember(compute)
+        if "error" in found:
+            self.tell(Finding(self.num_steps, f"{contender.name}: {found['error']}", {}))
+            return contender, 1.0
+        vector = np.array(found["vector"])
+        solver = contender.family.solver(contender.family.entries(vector))
+        if times_only:
+            return replace(contender, solver=solver, vector=vector), found["loss"]
+        return self._judged(contender.name, solver, contender.family, vector), found["loss"]
+
+    def _known_errors(self, batches: Sequence[Batch], weights: Weights) -> list[torch.Tensor]:
+        """The best known solver's error on every sample of each batch, over what the sample weighs."""
+        least, solver = LEAST_KNOWN * self.known.error, self.known.solver
+        errors = [sample_errors(rollout(batch.field, solver).end, batch.target).cpu() for batch in batches]
+        errors = [each.nan_to_num(np.inf, posinf=np.inf).clamp(max(least, 1e-12)) for each in errors]
+        return [each / weights.of(batch) for each, batch in zip(errors, batches, strict=True)]
+
+    def _staged(self) -> Contender:
+        """Adams-Bashforth on searched node times."""
+        moved, noises = [], self._many(TIMES_NOISES)
+        batches, weights = self.problem.train.between(0, noises), gathered_weights(self.problem.train, 0, noises)
+        for grid in start_grids(self.problem.process, self.num_steps):
+            family = make_family(self.problem, SearchedSolver.adams_bashforth(*grid, FRAME, ORDER))
+            start = replace(self.known, name="searched node times", family=family, vector=family.start)
+            contender, _ = self._iterated(start, 0, noises, times_only=True)
+            fitted = self.journal.remember(lambda s=contender.solver: score(endpoint_errors(batches, s), weights))
+            moved.append((fitted, contender))
+        contender, _ = self._iterated(min(moved, key=lambda pair: pair[0])[1], 0, noises, times_only=True)
+        return self._judged(contender.name, contender.solver, contender.family, contender.vector)
+
+    def _improved(self, contenders: Sequence[Contender]) -> Iterator[Outcome]:
+        """
+        The best contender after as many iterations as there are calls for: in each round, those that are close to the
+        best take one, on the same noises; in the next there is one of them less.
+        """
+        best, racing = min([self.known, *contenders], key=self._rank), list(contenders)
+        start, stop = 0, self._enough(FIRST_NOISES)
+        while stop := self._affordable(start, stop):
+            racing = sorted(racing, key=self._rank)
+            racing = [each for each in racing if self._rank(each) <= CLOSE * self._rank(racing[0])]
+            moved, losses = [], []
+            for contender in racing:
+                if moved and self._iteration(stop - start) > self.left / 2:
+                    break
+                improved, loss = self._iterated(contender, start, stop, times_only=False)
+                moved.append(min(contender, improved, key=self._rank))
+                losses.append((loss, self._rank(improved) / self._rank(contender)))
+                best = min(best, improved, key=self._rank)
+                yield self._found(best, f"everything, {stop - start} noises")
+            racing = sorted(moved, key=self._rank)[: max(1, len(racing) - 1)]
+            start, stop = self._next(start, stop, losses[0])
+        return best
+
+    def _next(self, start: int, stop: int, fitted: tuple[float, float]) -> tuple[int, int]:
+        """
+        The noises of the next round: at first all from the beginning, then fresh ones, and twice as many where half of
+        what was gained on those that were fitted does not show on those that judge.
+        """
+        size = self._enough(LATER_NOISES)
+        if stop < size:
+            return 0, size
+        loss, rank = fitted
+        # The loss is of squares.
+        fits_only = rank > 1 - (1 - np.sqrt(loss)) / 2
+        return stop, portion_end(stop + (2 if fits_only else 1) * (stop - start))
+
+    def _affordable(self, start: int, stop: int) -> int:
+        """Where the noises of the next round may end: at `stop`, or before it; 0 if there are calls for too few."""
+        while stop - start >= FIRST_NOISES:
+            made = max(0, stop - self.problem.train.made)
+            if self._iteration(stop - start) + made * self.problem.teacher_steps <= self.left:
+                return stop
+            stop -= FIRST_NOISES
+        return 0
+
+    def _decided(self, best: Contender) -> Outcome:
+        """The outcome, with as many noises that judge as it takes to tell the best from the best that was known."""
+        while best is not self.known and self.num_judges < self._many(MOST_JUDGES):
+            more = portion_end(2 * self.num_judges)
+            cost = (more - self.problem.judging.made) * self.problem.teacher_steps + 2 * more * self.num_steps
+            if Contest.of(best.errors, self.known.errors, best.weights).is_decided or cost > self.left:
+                break
+            self.num_judges = more
+            best, self.known = (
+                self._judged(each.name, each.solver, each.family, each.vector) for each in (best, self.known)
+            )
+        return self._found(best, "decided")
 
 
-def start_grids(process: NoiseProcess, num_steps: int) -> list[np.ndarray]:
-    """Timesteps of the grids that a search may start from."""
+def _best_of_kinds(standings: Sequence[Standing], count: int) -> list[KnownTable]:
+    """The best of diffusers in rank and in root mean square, and the best of every other family."""
+    schedulers = [each for each in standings if each.table.from_diffusers]
+    furthest = [each for each in schedulers if len(each.errors) == len(schedulers[0].errors)]
+    best = [*furthest[:count], *sorted(furthest, key=lambda each: each.error)[:count]]
+    for family in (CLASSICAL, GIVEN, NEIGHBOUR):
+        best += [each for each in standings if each.table.family == family][:1]
+    return list({id(each.table): each.table for each in best}.values())
+
+
+def make_family(problem: Problem, known: SearchedSolver) -> SolverFamily:
+    """The solvers around a known one among which a search looks."""
+    offsets = problem.prediction_type != "flow_prediction"
+    return SolverFamily(problem.process, known, offsets, problem.rounding)
+
+
+def start_grids(process: NoiseProcess, num_steps: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The grids whose node times are searched, as `time_grid` has them."""
     if process.kind == "flow_matching":
-        return [time_grid(process, num_steps, shift)[0] for shift in (1.0, 1.5, 2.0)]
-    return [time_grid(process, num_steps, shift, start=0.9)[0] for shift in (0.35, 0.7)]
+        return [time_grid(process, num_steps, shift) for shift in (1.0, 1.5, 2.0)]
+    return [time_grid(process, num_steps, shift, start=0.9) for shift in (0.35, 0.7)]

@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,6 +19,8 @@ from .rollout import Batch
 logger = logging.getLogger(__name__)
 
 NO_CACHE = TeacherCache()
+Samples = Sequence[tuple[Mapping, int]]
+T = TypeVar("T")
 
 
 def make_batches(
@@ -28,6 +31,7 @@ def make_batches(
     teacher_steps: int,
     calls: NetworkCalls,
     cache: TeacherCache = NO_CACHE,
+    first: int = 0,
 ) -> list[Batch]:
     """
     Samples with the teacher's end points.
@@ -41,6 +45,7 @@ def make_batches(
         teacher_steps (`int`): Steps of the teacher, at least 3.
         calls: Counts the network calls.
         cache: Where end points are kept.
+        first (`int`): The number of the first of these calls among all.
 
     Returns:
         `list[Batch]`: This process's, in the order of the seeds, except that samples with different call arguments are
@@ -49,7 +54,7 @@ def make_batches(
     Raises:
         ValueError: If an end point is not finite.
     """
-    stream = stream_batches(pipe, conditions, seeds, batch_size, teacher_steps, calls, cache)
+    stream = stream_batches(pipe, conditions, seeds, batch_size, teacher_steps, calls, cache, first)
     return [batch for batches in stream for batch in batches]
 
 
@@ -61,27 +66,37 @@ def stream_batches(
     teacher_steps: int,
     calls: NetworkCalls,
     cache: TeacherCache = NO_CACHE,
+    first: int = 0,
 ) -> Iterator[list[Batch]]:
     """The batches of `make_batches` as they are asked for: one at a time, or its parts where memory was short."""
 
-    def batch(samples: Sequence[tuple[Mapping, int]], index: tuple[int, ...]) -> list[Batch]:
-        call_kwargs = functools.reduce(merge_conditions, (condition for condition, _ in samples))
-        try:
-            field = PipelineField(pipe, call_kwargs, [seed for _, seed in samples], calls)
-            end = cache.end(field, teacher_solver(field.process, teacher_steps), calls)
-        except (FieldError, torch.OutOfMemoryError) as error:
-            if len(samples) == 1 or not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
-                raise
-        else:
-            _check_finite(end, samples)
-            return [Batch(field, end, index)]
-        half = len(samples) // 2
-        logger.warning(f"{len(samples)} samples in one call run out of memory: going on with {half}.")
-        torch.cuda.empty_cache()
-        return batch(samples[:half], (*index, 0)) + batch(samples[half:], (*index, 1))
+    def batch(samples: Samples, index: tuple[int, ...]) -> Batch:
+        field = PipelineField(pipe, merged(samples), [seed for _, seed in samples], calls)
+        end = cache.end(field, teacher_solver(field.process, teacher_steps), calls)
+        _check_finite(end, samples)
+        return Batch(field, end, index)
 
-    for index, samples in share(list(enumerate(pipeline_calls(conditions, seeds, batch_size)))):
-        yield batch(samples, (index,))
+    numbered = list(enumerate(pipeline_calls(conditions, seeds, batch_size), first))
+    for index, samples in share(numbered, first):
+        yield in_parts(batch, samples, (index,))
+
+
+def merged(samples: Samples) -> dict:
+    """Keyword arguments of the call that makes these samples."""
+    return functools.reduce(merge_conditions, (condition for condition, _ in samples))
+
+
+def in_parts(make: Callable[[Samples, tuple[int, ...]], T], samples: Samples, index: tuple[int, ...]) -> list[T]:
+    """What is made of the samples of a call, or of its halves where memory is too short for all."""
+    try:
+        return [make(samples, index)]
+    except (FieldError, torch.OutOfMemoryError) as error:
+        if len(samples) == 1 or not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
+            raise
+    half = len(samples) // 2
+    logger.warning(f"{len(samples)} samples in one call run out of memory: going on with {half}.")
+    torch.cuda.empty_cache()
+    return in_parts(make, samples[:half], (*index, 0)) + in_parts(make, samples[half:], (*index, 1))
 
 
 def count_batches(conditions: Sequence[Mapping], num_samples: int, batch_size: int) -> int:

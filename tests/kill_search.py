@@ -27,7 +27,7 @@ from diffusers_searched_solver import load_solver_file
 
 RUN = Path(__file__).parent.parent / "search" / "run.py"
 PIPELINE = RUN.parent.parent / "examples" / "digits-sit"
-OPTIONS = "--num-steps 3 --num-samples 4 --batch-size 2 --teacher-steps 8 --num-eval-samples 2".split()
+OPTIONS = "--num-steps 3 --batch-size 2 --teacher-steps 8 --num-eval-samples 2".split()
 # What a report may say of one search and not of another that found the same.
 CIRCUMSTANCES = ("command", "processes", "seconds", "peak_memory_over_inference")
 PATIENCE = 120

@@ -11,8 +11,9 @@ from search.estimate import estimate
 from search.field import NetworkCalls
 from search.journal import Journal
 from search.loading import load_pipeline
+from search.problem import search_problem
 from search.run import parse_arguments
-from search.strategy import fit_solver, search_problem
+from search.strategy import default_calls, fit_solver
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -32,9 +33,12 @@ def test_a_search_costs_as_many_network_calls_as_was_said_within_a_fifth(name, n
         for pattern in (r"teacher: ([\d,]+) network calls", rf"{num_steps} steps: ([\d,]+) network calls")
     )
     calls = NetworkCalls(pipe)
-    problem = search_problem(pipe, conditions, 16, 0, args.teacher_steps, args.batch_size, calls)
-    journal = Journal(calls)
-    list(fit_solver(problem, num_steps, args.iterations, args.max_calls, journal, print))
-    assert problem.teacher_calls + journal.spent == pytest.approx(teacher + said, rel=0.2)
+    problem = search_problem(pipe, conditions, args.num_steps, 0, args.teacher_steps, args.batch_size, calls)
     # Opening a pipeline's call costs an evaluation more.
-    assert problem.teacher_calls == pytest.approx(teacher, rel=0.05)
+    assert problem.calls == pytest.approx(teacher, rel=0.2)
+    journal = Journal(calls)
+    budget = default_calls(problem, num_steps)
+    list(fit_solver(problem, num_steps, budget, journal))
+    # What is left would not have been enough for another iteration.
+    assert 0.75 * (teacher + said) < problem.calls + journal.spent <= budget
+    problem.close()

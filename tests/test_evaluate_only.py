@@ -23,7 +23,7 @@ NETWORK = ["--feature-network", str(ROOT / "examples" / "digits_features.py")]
 def searched(tmp_path_factory):
     """What a small search in one process wrote."""
     out = tmp_path_factory.mktemp("searched") / "out"
-    main([*PIPELINE, *SETTINGS, *NETWORK, "--num-steps", "2", "3", "--num-samples", "4", "--output-dir", str(out)])
+    main([*PIPELINE, *SETTINGS, *NETWORK, "--num-steps", "2", "3", "--output-dir", str(out)])
     return out
 
 

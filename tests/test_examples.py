@@ -72,7 +72,7 @@ def test_compare_schedulers_ranks_each_at_its_best_and_finds_the_searched_solver
 
 @pytest.fixture(scope="module")
 def toy(run):
-    return run("search_toy.py", "--num-steps", 4, "--num-samples", 32)
+    return run("search_toy.py", "--num-steps", 4)
 
 
 def test_the_toys_velocity_is_the_mean_of_noise_minus_data_at_a_point(toy):

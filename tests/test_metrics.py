@@ -1,7 +1,6 @@
 """Image metrics: the formulas against their definitions, and the measurement that streams images through them."""
 
 import argparse
-import functools
 import gc
 import math
 import sys
@@ -32,8 +31,7 @@ from search.metrics import (
     precision_and_recall,
     similarity,
 )
-from search.rollout import rollout
-from search.strategy import EVALUATION_SEEDS, split_seeds
+from search.problem import EVALUATION_SEEDS, split_seeds
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -249,17 +247,13 @@ def measure(pipe, tmp_path):
         conditions = build_conditions(pipe, None, None, 2.0, {})
         network = load_feature_network(pipe, conditions[0], args)
         process = process_from_config(pipe.scheduler.config)
-        tables = {n: {"AB3": functools.partial(end, teacher_solver(process, n))} for n in step_counts}
+        tables = {n: {"AB3": teacher_solver(process, n)} for n in step_counts}
         calls = NetworkCalls(pipe)
         found = measure_images(pipe, conditions, tables, network, TEACHER_STEPS, args, calls)
         calls.remove()
         return found
 
     return measure
-
-
-def end(solver, field):
-    return rollout(field, solver).end
 
 
 def test_the_teacher_is_at_no_distance_from_itself_and_more_steps_are_nearer_than_fewer(measure):

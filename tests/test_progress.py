@@ -20,8 +20,8 @@ from search.run import main
 
 
 ROOT = Path(__file__).parent.parent
-SEARCH = ["--pipeline", str(ROOT / "examples" / "digits-sit"), "--guidance-scale", "2", "--teacher-steps", "8"]
-SIZES = ["--num-steps", "2", "3", "--num-samples", "4", "--num-eval-samples", "24"]
+SEARCH = ["--pipeline", str(ROOT / "examples" / "digits-sit"), "--guidance-scale", "2", "--teacher-steps", "64"]
+SIZES = ["--num-steps", "2", "3", "--num-eval-samples", "24"]
 IMAGES = ["--image-metrics", "8", "--feature-network", str(ROOT / "examples" / "digits_features.py")]
 
 
@@ -73,7 +73,7 @@ def tracked(tmp_path_factory):
 
 def lines_of(log, num_steps):
     """Stage, error and network calls of every line of a search."""
-    pattern = rf"^{num_steps} steps, (.*): held-out error ([\d.]+), network calls ([\d,]+)$"
+    pattern = rf"^{num_steps} steps, (.*): judged error ([\d.]+), ratio.*, network calls ([\d,]+)$"
     return [(stage, float(e), int(n.replace(",", ""))) for stage, e, n in re.findall(pattern, log, re.MULTILINE)]
 
 
@@ -84,7 +84,8 @@ def test_a_log_file_gets_lines_of_what_was_found_and_no_bar(tracked):
     assert begun == ["teacher", "2 steps", "3 steps", "measuring", "images"]
     for num_steps in (2, 3):
         stages = [stage for stage, _, _ in lines_of(log, num_steps)]
-        assert stages[0] == "classical start" and stages[-1].startswith("everything, iteration")
+        assert stages[0].startswith("best that is known") and stages[-1].startswith("decided")
+        assert re.search(rf"^{num_steps} steps: better than .*, the best that was known: ", log, re.MULTILINE)
 
 
 def test_tensorboard_shows_every_iteration_and_the_numbers_of_the_report(tracked):
@@ -92,7 +93,7 @@ def test_tensorboard_shows_every_iteration_and_the_numbers_of_the_report(tracked
     events = EventAccumulator(str(out / "searched_solver")).Reload()
     shown = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     _, errors, calls = zip(*lines_of(log, 2), strict=True)
-    assert shown["2 steps/held-out error"] == pytest.approx(errors, rel=1e-3)  # lines have four digits
+    assert shown["2 steps/judged error"] == pytest.approx(errors, rel=1e-3)  # lines have four digits
     assert shown["2 steps/network calls"] == list(calls) == sorted(calls)
     evaluation = json.loads((out / "report.json").read_text())["evaluation"]
     for row in evaluation["results"]["3"]:
@@ -100,7 +101,7 @@ def test_tensorboard_shows_every_iteration_and_the_numbers_of_the_report(tracked
     for row in evaluation["image_metrics"]["results"]["3"]:
         assert shown[f"3 steps/inception_score/{row['solver']}"] == [pytest.approx(row["inception_score"])]
     (settings,) = (out / "searched_solver").glob("*/hparams.yml")
-    assert "num_samples: '4'" in settings.read_text()
+    assert "teacher_steps: '64'" in settings.read_text()
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_the_search(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from search.run import main, parse_arguments
 ROOT = Path(__file__).parent.parent
 REPO = "org/digits-solver"
 SEARCH = f"""
-    --pipeline {ROOT / "examples" / "digits-sit"} --num-steps 2 4 --num-samples 4 --num-eval-samples 8
+    --pipeline {ROOT / "examples" / "digits-sit"} --num-steps 2 4 --num-eval-samples 8
     --teacher-steps 8 --guidance-scale 2 --image-metrics 8 --feature-network {ROOT / "examples" / "digits_features.py"}
 """.split()
 INJECTION = '"] | **x** </td><script>attack()</script>\n---\n````\n# [y](javascript:z) ![i](http://evil/i)'
@@ -336,7 +336,7 @@ def test_a_search_is_not_uploaded_unless_asked():
 
 def test_a_search_whose_upload_is_refused_leaves_all_and_fails(hub, tmp_path):
     out = tmp_path / "out"
-    smaller = ["--num-steps", "2", "--num-samples", "2", "--num-eval-samples", "2"]
+    smaller = ["--num-steps", "2", "--num-eval-samples", "2"]
     result = subprocess.run(
         [
             sys.executable,

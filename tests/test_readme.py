@@ -29,7 +29,7 @@ def test_the_search_that_is_shown_runs(tmp_path):
     (block,) = (block for block in SHELL if "--pipeline examples/digits-sit" in block)
     _, command = block.split(" && accelerate ")
     out = tmp_path / "out"
-    fewer = ["--num-samples", 4, "--num-eval-samples", 8, "--teacher-steps", 20, "--output-dir", out]
+    fewer = ["--num-eval-samples", 8, "--teacher-steps", 20, "--output-dir", out]
     run([Path(sys.executable).with_name("accelerate"), *shlex.split(command), *map(str, fewer)])
     assert (out / "solver" / "searched_solver.safetensors").exists()
 

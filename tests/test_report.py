@@ -47,7 +47,7 @@ return [...texts.map((e) => [4.5, e]), ...marks.map((e) => [3, e])].map(([least,
 def folder(tmp_path_factory):
     """What a small search wrote."""
     out = tmp_path_factory.mktemp("report") / "out"
-    options = "--num-steps 2 4 --num-samples 4 --num-eval-samples 8 --teacher-steps 8 --guidance-scale 2"
+    options = "--num-steps 2 4 --num-eval-samples 8 --teacher-steps 8 --guidance-scale 2"
     metrics = ["--image-metrics", "8", "--feature-network", str(ROOT / "examples" / "digits_features.py")]
     main(["--pipeline", str(ROOT / "examples" / "digits-sit"), *options.split(), *metrics, "--output-dir", str(out)])
     return out

@@ -5,7 +5,7 @@ import pytest
 import torch
 from fields import DIGITS, load
 
-from diffusers_searched_solver import FlowMatching, VariancePreserving, time_grid
+from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePreserving, time_grid
 from search.gauss_newton import _neighbour
 from search.parameters import Entry, SolverFamily
 from search.rounding import rounding_error
@@ -37,10 +37,14 @@ def test_predictions_without_a_size_have_no_rounding_error(value, open_field):
     assert rounding_error(open_field(pipe, DIGITS, [0, 1])) == 0
 
 
+def classical(process, num_steps):
+    return SearchedSolver.adams_bashforth(*time_grid(process, num_steps), "velocity", order=3)
+
+
 def test_changes_grow_with_the_square_root_of_the_rounding_error_between_bounds():
     def changes(rounding):
-        family = SolverFamily(FlowMatching(), 4, order=3, offsets=True, rounding=rounding)
-        entries = family.entries(family.vector(time_grid(FlowMatching(), 4)[0]))
+        family = SolverFamily(FlowMatching(), classical(FlowMatching(), 4), offsets=True, rounding=rounding)
+        entries = family.entries(family.start)
         return np.array([entry.change for entry in family.searched(entries, times_only=False)])
 
     np.testing.assert_array_equal(changes(1e-6), changes(0.0))
@@ -49,8 +53,8 @@ def test_changes_grow_with_the_square_root_of_the_rounding_error_between_bounds(
 
 
 def test_a_change_that_leads_to_no_solver_is_made_smaller_and_to_the_other_side():
-    family = SolverFamily(VariancePreserving(), 3, order=3, offsets=True)
-    entries = family.entries(family.vector(time_grid(VariancePreserving(), 3)[0]))
+    family = SolverFamily(VariancePreserving(), classical(VariancePreserving(), 3), offsets=True)
+    entries = family.entries(family.start)
     first = len(family.rows)
     gap = entries[first] - entries[first + 1]
     solver, change = _neighbour(family, entries, Entry(first, 0, 0, -3 * gap))

@@ -13,18 +13,18 @@ import torch
 from diffusers import DiTPipeline
 from PIL import Image
 
-from diffusers_searched_solver import SearchedSolverScheduler, time_grid
+from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, time_grid
 from diffusers_searched_solver.calls import build_conditions
 from diffusers_searched_solver.check import teacher_solver
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
-from search import search_solver
-from search.arguments import parse_arguments
+from search import find_solver, search_solver
 from search.evaluate import compare
 from search.field import NetworkCalls, PipelineField
 from search.loading import load_pipeline
 from search.parameters import SolverFamily
+from search.problem import EVALUATION_SEEDS, search_problem, split_seeds
 from search.rollout import Run, endpoint_errors, rollout, root_mean_square
-from search.strategy import EVALUATION_SEEDS, MAX_CALLS, NUM_SAMPLES, split_seeds
+from search.strategy import default_calls, usual_calls
 from search.teacher import make_batches
 
 
@@ -49,6 +49,10 @@ def conditions(guidance_scale=2.0):
     return [{"class_labels": [k], "guidance_scale": guidance_scale} for k in range(10)]
 
 
+def classical(process, num_steps):
+    return SearchedSolver.adams_bashforth(*time_grid(process, num_steps, start=0.9), "velocity", order=3)
+
+
 def test_samples_do_not_depend_on_how_they_are_batched(pipe, calls):
     together = make_batches(pipe, conditions(), [0, 1, 2], 3, 12, calls)
     apart = make_batches(pipe, conditions(), [0, 1, 2], 1, 12, calls)
@@ -70,8 +74,8 @@ def test_a_run_that_goes_on_from_a_prefix_is_the_whole_run(pipe, calls):
 
 def test_the_entry_jacobian_is_the_derivative_of_the_entries(pipe):
     process = SearchedSolverScheduler.from_config(pipe.scheduler.config).process
-    family = SolverFamily(process, 4, order=3, offsets=True)
-    vector = family.vector(time_grid(process, 4)[0]) + 0.1 * np.sin(np.arange(19))
+    family = SolverFamily(process, classical(process, 4), offsets=True)
+    vector = family.start + 0.1 * np.sin(np.arange(19))
     analytic = family.entry_jacobian(vector)
     h = 1e-6
     for k, unit in enumerate(np.eye(len(vector))):
@@ -82,8 +86,8 @@ def test_the_entry_jacobian_is_the_derivative_of_the_entries(pipe):
 def test_a_branch_feels_an_entry_no_earlier_than_its_family_says(pipe):
     """Every table before the step that an entry names stays as it is, so restarting there loses nothing."""
     process = SearchedSolverScheduler.from_config(pipe.scheduler.config).process
-    family = SolverFamily(process, 5, order=3, offsets=True)
-    entries = family.entries(family.vector(time_grid(process, 5)[0]))
+    family = SolverFamily(process, classical(process, 5), offsets=True)
+    entries = family.entries(family.start)
     base = family.solver(entries)
     for entry in family.searched(entries, times_only=False):
         changed = entries.copy()
@@ -97,10 +101,9 @@ def test_a_branch_feels_an_entry_no_earlier_than_its_family_says(pipe):
 
 
 def test_the_searched_solver_halves_the_error_of_every_baseline_on_other_noises(pipe, calls):
-    solver = search_solver(pipe, num_steps=5, conditions=conditions(), num_samples=16, seed=0)
-    tuning = make_batches(pipe, conditions(), split_seeds(7, 0, 16), 16, 64, calls)
+    outcome = find_solver(pipe, num_steps=5, conditions=conditions(), seed=0)
     evaluation = make_batches(pipe, conditions(), split_seeds(0, EVALUATION_SEEDS, 128), 32, 128, calls)
-    searched, *baselines = compare(solver, pipe.scheduler.config, tuning, evaluation)
+    searched, *baselines = compare(outcome.solver, outcome.tuned, evaluation)
     assert searched["solver"] == "searched"
     assert len(baselines) >= 8
     # The bound is the project's own for classical tables; for diffusers' schedulers it is 0.5.
@@ -117,7 +120,7 @@ def test_the_teacher_is_far_more_accurate_than_any_few_step_solver(pipe, calls):
 
 
 def test_the_same_seed_gives_the_same_solver(pipe):
-    first, second = (search_solver(pipe, 3, conditions(1.0), num_samples=4, seed=3, teacher_steps=8) for _ in range(2))
+    first, second = (search_solver(pipe, 3, conditions(1.0), seed=3, teacher_steps=8) for _ in range(2))
     assert not pipe.transformer._forward_pre_hooks
     assert np.array_equal(first.coefficients, second.coefficients)
     assert np.array_equal(first.timesteps, second.timesteps)
@@ -126,7 +129,8 @@ def test_the_same_seed_gives_the_same_solver(pipe):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_samples": 0}, "`num_samples` is 0, expected at least 1"),
+        ({"batch_size": 0}, "`batch_size` is 0, expected at least 1"),
+        ({"max_calls": 100}, "`max_calls` is 100, expected at least .* for 5 steps"),
         ({"num_steps": 1}, "`num_steps` is 1, expected at least 2"),
         ({"conditions": []}, "`conditions` is empty"),
         ({"teacher_steps": 9}, "`teacher_steps` is 9, expected at least 10"),
@@ -163,23 +167,21 @@ def test_several_guidance_scales_go_with_every_label_and_alike_with_the_first(pi
     found = [(c["class_labels"][0], c["guidance_scale"]) for c in build_conditions(pipe, None, None, scales, {})]
     assert sorted(found) == sorted(itertools.product(range(10), scales))
     assert {label for label, _ in found[:10]} == set(range(10))
-    assert Counter(scale for _, scale in found[:NUM_SAMPLES]) == dict.fromkeys(scales, 4)
+    assert Counter(scale for _, scale in found[:16]) == dict.fromkeys(scales, 4)
     assert build_conditions(pipe, ["3"], None, scales[:2], {}) == [
         {"class_labels": [3], "guidance_scale": 1.0},
         {"class_labels": [3], "guidance_scale": 2.0},
     ]
 
 
-def test_each_of_several_guidance_scales_has_as_many_noises_and_calls_as_one():
-    def defaults(*arguments):
-        args = parse_arguments(["--pipeline", "p", "--output-dir", "o", *arguments])
-        return args.guidance_scale, args.num_samples, args.max_calls
-
-    assert defaults() == (None, NUM_SAMPLES, MAX_CALLS)
-    assert defaults("--guidance-scale", "2") == (2.0, NUM_SAMPLES, MAX_CALLS)
-    assert defaults("--guidance-scale", "1", "3") == ([1.0, 3.0], 2 * NUM_SAMPLES, 2 * MAX_CALLS)
-    assert defaults("--guidance-scale", "1", "3", "--num-samples", "5", "--max-calls", "7") == ([1.0, 3.0], 5, 7)
-    assert defaults("--guidance-scale", "1", "3", "--fitter", "gradient")[1] == 50_000
+def test_each_of_several_guidance_scales_has_as_many_noises_and_calls_as_one(pipe, calls):
+    factors = []
+    for scales in ([2.0], [1.0, 3.0]):
+        several = build_conditions(pipe, None, None, scales, {})
+        problem = search_problem(pipe, several, [3], 0, 8, 4, calls)
+        factors.append(default_calls(problem, 3) / usual_calls(3))
+        problem.close()
+    assert factors == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def run_py(*arguments, cwd=ROOT):
 )
 def test_accelerate_launch_writes_what_from_pretrained_loads(tmp_path, name, scales, said):
     out = tmp_path / "out"
-    options = ["--num-steps", 3, 4, "--num-samples", 4, "--num-eval-samples", 8, "--teacher-steps", 12, "--seed", 1]
+    options = ["--num-steps", 3, 4, "--num-eval-samples", 8, "--teacher-steps", 12, "--seed", 1]
     result = run_py("--pipeline", EXAMPLES / name, "--output-dir", out, "--guidance-scale", *scales, *options)
     assert result.returncode == 0, result.stderr
     assert "searched / this" in result.stdout
@@ -242,7 +244,7 @@ def test_accelerate_launch_writes_what_from_pretrained_loads(tmp_path, name, sca
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num-samples", "0"], "`num_samples` is 0, expected at least 1"),
+        (["--num-samples", "5"], "--num-samples is for --fitter gradient; here --max-calls decides"),
         (["--call-kwargs", '{"guidance_scale": "high"}'], "The call of ClassToImagePipeline with guidance_scale=high"),
         (["--call-kwargs", "[1]"], "expected a JSON object"),
     ],
@@ -259,5 +261,5 @@ def test_a_network_that_any_solver_integrates_exactly_leaves_a_valid_solver():
     """With a velocity of zero all errors are zero: nothing may be divided by them."""
     pipe = ClassToImagePipeline.from_pretrained(EXAMPLES / "digits-sit")
     pipe.transformer.register_forward_hook(lambda module, args, output: (output[0].zero_(),))
-    solver = search_solver(pipe, 4, conditions(1.0), num_samples=4, teacher_steps=8)
+    solver = search_solver(pipe, 4, conditions(1.0), teacher_steps=8)
     assert np.isfinite(solver.coefficients).all()

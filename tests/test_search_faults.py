@@ -19,7 +19,7 @@ from diffusers_searched_solver import SearchedSolverScheduler
 
 
 GRADIENT = ["--fitter", "gradient", "--num-samples", 64]
-HALF_WAY = "3 steps, everything, half of the noises"
+HALF_WAY = "3 steps, everything, 8 noises"
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +65,7 @@ def test_two_processes_find_the_bits_that_one_finds(undisturbed, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_if_one_of_two_processes_is_killed_the_other_says_so_and_one_can_go_on(undisturbed, tmp_path, victim):
-    search = Search(tmp_path, num_processes=2).wait_for("3 steps, node times")
+    search = Search(tmp_path, num_processes=2).wait_for("3 steps, best that is known")
     search.processes[victim].kill()
     exits = search.wait(30)
     assert exits[victim] == -signal.SIGKILL
@@ -145,8 +145,8 @@ def test_a_damaged_journal_is_refused(begun, damage):
 
 
 def test_a_search_goes_on_with_its_own_settings_alone(begun):
-    search = Search(begun, "--resume", "--num-samples", 5, "--guidance-scale", 3)
-    assert_refused(search, "guidance_scale was None, is 3.0; num_samples was 4, is 5. Go on with the old ones")
+    search = Search(begun, "--resume", "--max-calls", 9000, "--guidance-scale", 3)
+    assert_refused(search, "guidance_scale was None, is 3.0; max_calls was None, is 9000. Go on with the old ones")
 
 
 @pytest.mark.parametrize("options", [[], GRADIENT], ids=["gauss-newton", "gradient"])
@@ -173,7 +173,7 @@ def test_a_condition_that_gives_nan_is_named_and_ends_the_other_process_too(tmp_
 
 def test_memory_that_runs_out_for_the_derivatives_is_said(tmp_path):
     search = Search(tmp_path, prepare=spend_memory)
-    assert_refused(search, "no more memory", "Lower --batch-size or --num-samples, or use more processes.")
+    assert_refused(search, "no more memory", "Lower --batch-size, or use more processes.")
 
 
 def spend_memory():

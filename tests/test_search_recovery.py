@@ -8,17 +8,19 @@ import torch
 from fields import load
 from safetensors.torch import save
 
+from diffusers_searched_solver import SearchedSolver
 from search import search_solver
 from search.cache import TeacherCache
 from search.field import NetworkCalls
 from search.gauss_newton import gauss_newton_iteration
+from search.parameters import SolverFamily
 from search.rollout import root_mean_square
-from search.strategy import make_family, start_grids
+from search.strategy import start_grids
 from search.teacher import make_batches
 
 
 CONDITIONS = [{"class_labels": [k], "guidance_scale": 1.0} for k in range(10)]
-SETTINGS = {"num_steps": 3, "num_samples": 4, "teacher_steps": 8, "batch_size": 2}
+SETTINGS = {"num_steps": 3, "teacher_steps": 8, "batch_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -80,25 +82,26 @@ def iteration(pipe):
     """The arguments of an iteration, the first network call of its Jacobian, and the first of its trials."""
     calls = NetworkCalls(pipe)
     batches = make_batches(pipe, CONDITIONS, [0, 1], 2, 8, calls)
-    family = make_family(batches[0].field.process, batches[0].field.prediction_type, 3)
-    vector = family.vector(start_grids(family.process, 3)[0])
-    searched = family.searched(family.entries(vector), times_only=False)
+    process = batches[0].field.process
+    known = SearchedSolver.adams_bashforth(*start_grids(process, 3)[0], "velocity", order=3)
+    family = SolverFamily(process, known, offsets=False)
+    searched = family.searched(family.entries(family.start), times_only=False)
     trials = 3 + sum(3 - entry.known for entry in searched)
-    yield (family, vector, batches, False), 3, trials
+    yield (family, family.start, batches, [torch.ones(2)]), 3, trials
     batches[0].field.close()
     calls.remove()
 
 
 def test_a_trial_that_is_not_finite_is_rejected(pipe, iteration):
     arguments, _, trials = iteration
-    clean, _ = gauss_newton_iteration(*arguments)
+    clean = gauss_newton_iteration(*arguments)
     spoil = Spoil(range(trials, trials + 3))
     with pipe.transformer.register_forward_hook(spoil):
-        vector, gain = gauss_newton_iteration(*arguments)
+        fitted = gauss_newton_iteration(*arguments)
     assert spoil.count > trials + 3
-    assert np.isfinite(vector).all()
-    assert gain > 0
-    assert not np.array_equal(vector, clean)
+    assert np.isfinite(fitted.vector).all()
+    assert fitted.loss < 1
+    assert not np.array_equal(fitted.vector, clean.vector)
 
 
 def test_a_derivative_that_is_not_finite_is_an_error(pipe, iteration):
@@ -118,9 +121,9 @@ def limit(samples):
 
 
 def test_a_search_that_runs_out_of_memory_goes_on_with_halves(pipe, caplog):
-    small = search(pipe, num_steps=2, num_samples=16, batch_size=2)
+    small = search(pipe, num_steps=2, batch_size=2)
     with pipe.transformer.register_forward_pre_hook(limit(2)):
-        halved = search(pipe, num_steps=2, num_samples=16, batch_size=4)
+        halved = search(pipe, num_steps=2, batch_size=4)
     # The same samples together in calls, and the same order of sums.
     assert np.array_equal(tables(halved), tables(small))
     assert "4 samples in one call run out of memory: going on with 2." in caplog.text

@@ -10,6 +10,7 @@ from .process import FlowMatching, NoiseProcess, VariancePreserving, process_fro
 from .scheduler import SearchedSolverScheduler
 from .serialization import SolverFile, SolverFileError, load_solver_file, save_solver_file
 from .solver import SearchedSolver, tensor_step
+from .tabulate import solver_from_scheduler
 
 
 # So that saved pipelines name the package and not a private module.
@@ -31,6 +32,7 @@ __all__ = [
     "load_solver_file",
     "process_from_config",
     "save_solver_file",
+    "solver_from_scheduler",
     "tensor_step",
     "time_grid",
 ]

@@ -1,7 +1,7 @@
 """SearchedSolver: a multistep solver as a frozen table, and the only implementation of its update."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -149,6 +149,43 @@ class SearchedSolver:
             state, history = tensor_step(state, units[i + 1], history, torch.tensor([i]), table)
             sizes += [history[i].abs().sum(), state.abs().sum()]
         return float(torch.stack(sizes).max())
+
+    def in_frame(self, frame: str) -> "SearchedSolver":
+        """
+        The same solver with predictions of another kind: every run is the same but for rounding.
+
+        Args:
+            frame (`str`): "velocity" or "data".
+
+        Raises:
+            ValueError: If a row does not sum to one; only consistent tables have another frame.
+        """
+        if frame == self.frame:
+            return self
+        _check_coefficients(replace(self, consistent=True))
+        n, units = self.num_steps, torch.eye(self.num_steps + 1, dtype=torch.float64)
+        source, target = FRAME_PREDICTIONS[frame], FRAME_PREDICTIONS[self.frame]
+        states, history = [units[0]], []
+        for i in range(n):
+            history.append(self._convert(units[i + 1], states[i], i, source, target))
+            states.append(self.step(states[i], history, i))
+        return SearchedSolver.from_states(self.timesteps, self.alphas, self.sigmas, torch.stack(states), frame, True)
+
+    @classmethod
+    def from_states(cls, timesteps, alphas, sigmas, states, frame: str, consistent: bool = False) -> "SearchedSolver":
+        """
+        The table of a run that is known by its states' coefficients.
+
+        Args:
+            timesteps, alphas, sigmas, frame, consistent: As in the class.
+            states (array, shape (N+1, N+1)): A_i, B_i0 ... B_i(N-1) of x_i = A_i * noise + sum_{j < i} B_ij * p_j.
+        """
+        k, m = _frame_scales(np.asarray(alphas, np.float64), np.asarray(sigmas, np.float64), frame)
+        states = np.asarray(states, np.float64)
+        ratios = k[1:] / k[:-1]
+        rows = (states[1:] - ratios[:, None] * states[:-1])[:, 1:]
+        coefficients = np.tril(rows / (m[1:] - ratios * m[:-1])[:, None])
+        return cls(timesteps, alphas, sigmas, coefficients, frame, consistent)
 
     @classmethod
     def adams_bashforth(cls, timesteps, alphas, sigmas, frame: str, order: int) -> "SearchedSolver":

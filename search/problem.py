@@ -1,0 +1,302 @@
+"""What a search fits a solver to: noises, the ends that a teacher reaches from them, and what evaluations cost."""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+
+from diffusers_searched_solver import (
+    NoiseProcess,
+    SearchedSolver,
+    SearchedSolverScheduler,
+    solver_from_scheduler,
+    time_grid,
+)
+from diffusers_searched_solver.check import teacher_solver
+
+from .baselines import diffusers_schedulers
+from .cache import TeacherCache
+from .field import NetworkCalls, PipelineField
+from .noises import Noises
+from .parameters import FRAME
+from .processes import agree, everyone, gather, share, total
+from .race import FirstPredictions
+from .rollout import Batch, endpoint_errors, rollout, root_mean_square, sample_errors
+from .rounding import rounding_error
+from .teacher import NO_CACHE, Samples, in_parts, make_batches, merged, pipeline_calls
+
+
+logger = logging.getLogger(__name__)
+
+# Where each split's seeds begin, so that none has a sample of another.
+TRAIN_SEEDS, JUDGING_SEEDS, TUNING_SEEDS, EVALUATION_SEEDS = 0, 10**6, 2 * 10**6, 3 * 10**6
+TEACHER_STEPS, MOST_TEACHER_STEPS = 64, 1024
+BATCH_SIZE = 4
+# The noises on which the teacher is tried, and the share of the best rival's error that its own may be.
+TEACHER_NOISES = 4
+TEACHER_SHARE = 0.1
+# Noises that are looked at to see whether a few are much harder than others; if so, as many are screened of every
+# split, and one in HARD of these is of the hard ones. A sample is heavy if it has no more spread than this share of as
+# many equal ones would have. Then there are more noises and calls, and even more noises that judge.
+FEW, SCREENED, HARD, HEAVY = 32, 64, 8, 0.55
+SCREENING_FAMILIES, SCREENING_STEPS = ("UniPC 3", "DPM-Solver++(2M)"), 4
+HEAVY_FACTOR, HEAVY_JUDGES = 2, 2
+MOST_NOISES = 4096
+# What halving the steps of a method of third order multiplies its error with, less one: that is in the difference.
+HALVED = 2**3 - 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    What a solver is fitted to.
+
+    Args:
+        config: Of the pipeline's scheduler.
+        process, prediction_type: Of the pipeline.
+        rounding (`float`): Of its predictions.
+        train, judging (`Noises`): To fit, and to judge what was fitted.
+        heavy (`bool`): Whether a few noises are much harder than others.
+        num_scales (`int`): Guidance scales that the solver has to serve.
+        teacher_steps (`int`): Of the run whose ends are the goal.
+        teacher_error (`float`): Its own error, as far as runs of half its steps show.
+        elements (`int`): Of a sample's state.
+        calls_per_evaluation (`int`): Network calls of one evaluation of one sample, guidance included.
+        setup_calls (`int`): What all processes have spent until here, but for `train` and `judging`.
+    """
+
+    config: Mapping
+    process: NoiseProcess
+    prediction_type: str
+    rounding: float
+    train: Noises
+    judging: Noises
+    heavy: bool
+    num_scales: int
+    teacher_steps: int
+    teacher_error: float
+    elements: int
+    calls_per_evaluation: int
+    setup_calls: int
+
+    @property
+    def factor(self) -> int:
+        """How many times as many noises and calls as usual a search has."""
+        return self.num_scales * (HEAVY_FACTOR if self.heavy else 1)
+
+    @property
+    def judges_factor(self) -> int:
+        """The same of the noises that judge."""
+        return self.factor * (HEAVY_JUDGES if self.heavy else 1)
+
+    @property
+    def calls(self) -> int:
+        """Network calls of all processes for the teacher and for trying it."""
+        return self.setup_calls + self.train.calls + self.judging.calls
+
+    def fingerprint(self) -> str:
+        """A hash of the first noises and the teacher's ends of all processes."""
+        batches = self.train.between(0, TEACHER_NOISES)
+        digests = [_digest(batch.field.noise, batch.target) for batch in batches]
+        return hashlib.sha256("".join(gather(batches, digests)).encode()).hexdigest()
+
+    def close(self):
+        """End the pipeline's calls."""
+        self.train.close()
+        self.judging.close()
+
+
+def search_problem(
+    pipe: DiffusionPipeline,
+    conditions: Sequence[Mapping],
+    step_counts: Sequence[int],
+    seed: int,
+    teacher_steps: int,
+    batch_size: int,
+    calls: NetworkCalls,
+    cache: TeacherCache = NO_CACHE,
+) -> Problem:
+    """
+    Noises to fit and to judge, with the ends of a teacher that is good enough for solvers of `step_counts` steps.
+
+    Args:
+        teacher_steps (`int`): To begin with. They are doubled until the teacher's own error, as a run of half the
+            steps shows it, is at most a tenth of the best rival's at the largest step count.
+    """
+    own = SearchedSolverScheduler.from_config(pipe.scheduler.config)
+    before = calls.count
+    heavy = _is_heavy(_disagreements(pipe, conditions, split_seeds(seed, TRAIN_SEEDS, FEW), batch_size, calls))
+
+    def noises(split: int, steps: int, order: Sequence[int] = (), strata: Mapping[int, float] = {}) -> Noises:  # noqa: B006
+        return make_noises(pipe, conditions, seed, split, steps, batch_size, calls, cache, order, strata)
+
+    def screened(split: int, count: int, spacing: int) -> tuple[list[int], dict[int, float]]:
+        if not heavy:
+            return [], {}
+        seeds = split_seeds(seed, split, count)
+        return _stratified(seeds, _disagreements(pipe, conditions, seeds, batch_size, calls), spacing)
+
+    of_train = screened(TRAIN_SEEDS, SCREENED, HARD // 2)
+    train = noises(TRAIN_SEEDS, teacher_steps, *of_train)
+    coarse = _ends(train, teacher_solver(own.process, teacher_steps // 2))
+    per_evaluation = agree(_calls_per_evaluation(train, calls) if PartialState().is_main_process else None)
+    goal = TEACHER_SHARE * _best_rival(train, own.process, max(step_counts))
+    while (error := _distance(train, coarse) / HALVED) > goal and teacher_steps < MOST_TEACHER_STEPS:
+        coarse = [batch.target for batch in train.between(0, TEACHER_NOISES)]
+        train.close()
+        teacher_steps *= 2
+        train = noises(TRAIN_SEEDS, teacher_steps, *of_train)
+        train.between(0, TEACHER_NOISES)
+    if error > goal:
+        logger.warning(
+            f"The teacher's own error is {error:.3g} at {teacher_steps} steps, more than a tenth of the "
+            f"{goal / TEACHER_SHARE:.3g} of a usual solver of {max(step_counts)} steps: the solver may be fitted to "
+            "its mistakes. Search for fewer steps, or at a lower guidance scale."
+        )
+    first = train.between(0, 1)
+    rounding = agree(rounding_error(first[0].field) if PartialState().is_main_process else None)
+    elements = agree(first[0].field.noise[0].numel() if PartialState().is_main_process else None)
+    judging = noises(JUDGING_SEEDS, teacher_steps, *screened(JUDGING_SEEDS, 2 * SCREENED, 4))
+    setup = total(calls.count - before) - train.calls
+    kind = own.config.prediction_type
+    return Problem(
+        pipe.scheduler.config,
+        own.process,
+        kind,
+        rounding,
+        train,
+        judging,
+        heavy,
+        len({condition.get("guidance_scale") for condition in conditions}),
+        teacher_steps,
+        error,
+        elements,
+        per_evaluation,
+        setup,
+    )
+
+
+def make_noises(
+    pipe: DiffusionPipeline,
+    conditions: Sequence[Mapping],
+    seed: int,
+    split: int,
+    teacher_steps: int,
+    batch_size: int,
+    calls: NetworkCalls,
+    cache: TeacherCache = NO_CACHE,
+    order: Sequence[int] = (),
+    strata: Mapping[int, float] = {},  # noqa: B006
+) -> Noises:
+    """
+    The noises of a split.
+
+    Args:
+        order: Seeds that come first; the others of the split follow.
+        strata: As in `Noises`.
+    """
+    seeds = [*order, *split_seeds(seed, split, MOST_NOISES)[len(order) :]]
+
+    def make(start: int, stop: int, first: int) -> tuple[list[Batch], int]:
+        turned = _turned(conditions, seeds[start:stop], seed, split)
+        count = len(pipeline_calls(turned, seeds[start:stop], batch_size))
+        return make_batches(pipe, turned, seeds[start:stop], batch_size, teacher_steps, calls, cache, first), count
+
+    return Noises(make, lambda: calls.count, seeds.__getitem__, strata)
+
+
+def _turned(conditions: Sequence[Mapping], seeds: Sequence[int], seed: int, split: int) -> list[Mapping]:
+    """The condition of each noise: they are used in turn, whatever order the noises come in."""
+    first = split_seeds(seed, split, 1)[0]
+    return [conditions[(each - first) % len(conditions)] for each in seeds]
+
+
+def _disagreements(
+    pipe: DiffusionPipeline, conditions: Sequence[Mapping], seeds: Sequence[int], batch_size: int, calls: NetworkCalls
+) -> list[float]:
+    """
+    How far two usual solvers of few steps end from each other, noise by noise: no teacher is needed to see which
+    noises are hard. On a network of galaxies, the eighth of the noises on which they disagree most carries 84 to 93 %
+    of the squared error of other solvers.
+    """
+    config = pipe.scheduler.config
+    families = diffusers_schedulers(config)
+    solvers = [
+        solver_from_scheduler(next(iter(families[family].values())), SCREENING_STEPS) for family in SCREENING_FAMILIES
+    ]
+    first = seeds[0]
+    numbered = pipeline_calls([conditions[(s - first) % len(conditions)] for s in seeds], seeds, batch_size)
+
+    def distances(samples: Samples, index: tuple[int, ...]) -> list[tuple[int, float]]:
+        field = PipelineField(pipe, merged(samples), [each for _, each in samples], calls)
+        shared = FirstPredictions(field)
+        ends = (rollout(field, solver, shared.beginning(solver)).end for solver in solvers)
+        found = sample_errors(*ends).cpu().tolist()
+        field.close()
+        # Pipelines with guidance may have every sample twice.
+        return list(zip(field.seeds, found, strict=False))
+
+    parts = [part for samples in share(numbered) for part in in_parts(distances, samples, ())]
+    by_seed = dict(everyone([pair for part in parts for pair in part]))
+    return [by_seed[each] for each in seeds]
+
+
+def _is_heavy(distances: Sequence[float]) -> bool:
+    """Whether a few noises have most of the squares: as few as would fill a part of the sample alone."""
+    squares = np.nan_to_num(np.square(distances), posinf=1e300)
+    return bool(squares.sum() ** 2 < HEAVY * len(squares) * np.square(squares).sum())
+
+
+def _stratified(seeds: Sequence[int], distances: Sequence[float], spacing: int) -> tuple[list[int], dict[int, float]]:
+    """The seeds with a hard one in every `spacing` at first, and by seed the share of all that are of its stratum."""
+    hardest = {*np.argsort(distances)[::-1][: len(seeds) // HARD].tolist()}
+    hard, easy = ([seed for k, seed in enumerate(seeds) if (k in hardest) == wanted] for wanted in (True, False))
+    order = list(easy)
+    for k, seed in enumerate(hard):
+        order.insert(spacing * k, seed)
+    return order, {each: len(of) / len(seeds) for of in (hard, easy) for each in of}
+
+
+def _calls_per_evaluation(train: Noises, calls: NetworkCalls) -> int:
+    """Network calls for one sample; the first noise is the main process's."""
+    (batch,) = train.between(0, 1)
+    before = calls.count
+    batch.field(batch.field.noise, batch.field.process.max_timestep)
+    return calls.count - before
+
+
+def _ends(train: Noises, solver: SearchedSolver) -> list[torch.Tensor]:
+    return [rollout(batch.field, solver).end for batch in train.between(0, TEACHER_NOISES)]
+
+
+def _distance(train: Noises, ends: Sequence[torch.Tensor]) -> float:
+    batches = train.between(0, TEACHER_NOISES)
+    errors = [sample_errors(end, batch.target).cpu() for end, batch in zip(ends, batches, strict=True)]
+    return root_mean_square(torch.cat(gather(batches, errors)))
+
+
+def _best_rival(train: Noises, process: NoiseProcess, num_steps: int) -> float:
+    """The error of a good solver that needs no search: the best of three usual tables."""
+    flow = process.kind == "flow_matching"
+    grids = ((1.0, 1.0), (2.0, 1.0), (3.0, 1.0)) if flow else ((0.35, 0.8), (0.7, 0.9), (1.0, 1.0))
+    tables = [
+        SearchedSolver.adams_bashforth(*time_grid(process, num_steps, shift, start), FRAME, order=2 if flow else 3)
+        for shift, start in grids
+    ]
+    batches = train.between(0, TEACHER_NOISES)
+    return min(root_mean_square(endpoint_errors(batches, table)) for table in tables)
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    content = b"".join(tensor.cpu().float().numpy().tobytes() for tensor in tensors)
+    return hashlib.sha256(content).hexdigest()
+
+
+def split_seeds(seed: int, split: int, count: int) -> list[int]:
+    """Seeds of one split's samples."""
+    return [seed * 10**7 + split + k for k in range(count)]
