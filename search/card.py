@@ -94,7 +94,7 @@ def _text(report: Mapping, results: Mapping[int, Sequence[Mapping]], name: str, 
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": _number, "code": _code, "metric_title": COLUMNS.get}
+    environment.filters |= {"number": _number, "share": "{:.0%}".format, "code": _code, "metric_title": COLUMNS.get}
     metrics = report["evaluation"].get("image_metrics", {})
     return environment.get_template(TEMPLATE).render(
         report=report,

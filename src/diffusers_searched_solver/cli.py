@@ -1,9 +1,14 @@
 """The command `searched-solver`: list, show and compare solvers, check one on a pipeline, convert checkpoints."""
 
 import argparse
+import inspect
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import diffusers
+from diffusers import SchedulerMixin
 
 from . import check_command, convert
 from .hub import list_hub_solvers
@@ -11,6 +16,7 @@ from .loading import list_bundled_solvers
 from .scheduler import SearchedSolverScheduler
 from .serialization import SolverFile, load_solver_file
 from .solver import SearchedSolver
+from .tabulate import solver_from_scheduler
 from .terminal import printable, summary, table
 
 
@@ -54,6 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     add("second", help="the same")
     add("--num-steps", type=int, nargs="+", help="the tables to show (default: those that both have)")
 
+    add = command(_tabulate, "tabulate", "write a diffusers scheduler's tables as a solver").add_argument
+    add("source", help="a pipeline or a scheduler: a folder or a Hub repository")
+    add(
+        "--scheduler", metavar="CLASS", help="another of diffusers' schedulers for it, such as UniPCMultistepScheduler"
+    )
+    add("--config", type=json.loads, default={}, help="config entries to change, as JSON")
+    add("--num-steps", type=int, nargs="+", required=True, help="the step counts to write")
+    add("--mu", type=float, help="what the pipeline passes to a scheduler with dynamic shifting")
+    add("--output", required=True, metavar="FOLDER", help="what `from_pretrained` then loads")
+
     texts = {"description": check_command.DESCRIPTION, "epilog": check_command.EPILOG}
     check = command(_check, "check", "measure whether a solver is good for your pipeline", **texts)
     check.add_argument("name", help=SOLVER)
@@ -94,6 +110,36 @@ def _compare(options: argparse.Namespace):
     for count in options.num_steps or common:
         both = {each: _table_of(names[each], file, count) for each, file in files.items()}
         print(f"\n{count} steps", *table(both), sep="\n")
+
+
+def _tabulate(options: argparse.Namespace):
+    scheduler = _diffusers_scheduler(options.source, options.scheduler, options.config)
+    solvers = {n: solver_from_scheduler(scheduler, n, options.mu) for n in options.num_steps}
+    own = SearchedSolverScheduler.from_config(scheduler.config)
+    provenance = {"base_model": options.source, "table_of": repr(scheduler)}
+    file = SolverFile(solvers, own.process, own.config.prediction_type, provenance)
+    SearchedSolverScheduler.from_config(scheduler.config, solver=file).save_pretrained(options.output)
+    print(f"Wrote {options.output}: {type(scheduler).__name__} in {', '.join(map(str, file.step_counts))} steps.")
+
+
+def _diffusers_scheduler(source: str, name: str | None, changes: Mapping) -> SchedulerMixin:
+    """The scheduler of a pipeline or a repository, or another one for the same model."""
+    for subfolder in ("scheduler", None):
+        try:
+            config = SearchedSolverScheduler.load_config(source, subfolder=subfolder)
+            break
+        except OSError as error:
+            cause = error
+    else:
+        raise ValueError(f"There is no scheduler's config in '{source}'. Name a pipeline or a scheduler.") from cause
+    name = name or config.get("_class_name", "")
+    cls = getattr(diffusers, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+        raise ValueError(f"{name!r} is none of diffusers' schedulers. Name one with --scheduler.")
+    unknown = sorted(set(changes) - set(inspect.signature(cls.__init__).parameters))
+    if unknown:
+        raise ValueError(f"{name} has no config entry {unknown[0]!r}.")
+    return cls.from_config(config, **changes)
 
 
 def _check(options: argparse.Namespace) -> int:

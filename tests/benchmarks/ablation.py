@@ -13,15 +13,14 @@ from dataclasses import replace
 from unittest import mock
 
 import numpy as np
-from rivals import descend
+import torch
 from shipped import PIPELINES, SEEDS, Benchmark, Records, markdown, search, spread
 
 from diffusers_searched_solver import SearchedSolver
 from search import gauss_newton, strategy
 from search.field import NetworkCalls
-from search.parameters import Entry, SolverFamily
-from search.rollout import endpoint_errors, root_mean_square
-from search.strategy import ORDER, Problem
+from search.parameters import FRAME, Entry, SolverFamily
+from search.problem import Problem
 
 
 STEP_COUNTS = 5, 8
@@ -33,10 +32,9 @@ Search = Callable[[Problem, int, NetworkCalls], Iterator[SearchedSolver]]
 class AbsoluteCoefficients(SolverFamily):
     """d are the coefficients themselves, which stay as they are when nodes move."""
 
-    def vector(self, timesteps: np.ndarray) -> np.ndarray:
-        vector = super().vector(timesteps)
-        classical = super().solver(self.entries(vector)).coefficients
-        return np.concatenate([classical[self.rows, self.columns], vector[len(self.rows) :]])
+    def __init__(self, process, known, offsets, rounding=0.0):
+        super().__init__(process, known, offsets, rounding)
+        self.start[: len(self.rows)] = known.in_frame(FRAME).coefficients[self.rows, self.columns]
 
     def solver(self, entries: np.ndarray) -> SearchedSolver:
         coefficients = np.zeros((self.num_steps, self.num_steps))
@@ -69,34 +67,39 @@ class FreeScales(SolverFamily):
     one number more a step, the weight of the noise: this one.
     """
 
-    def vector(self, timesteps: np.ndarray) -> np.ndarray:
-        return np.append(super().vector(timesteps), np.zeros(self.num_steps - 1))
+    def __init__(self, process, known, offsets, rounding=0.0):
+        super().__init__(process, known, offsets, rounding)
+        self.start = np.append(self.start, np.zeros(self.num_steps - 1))
+
+    def confined(self, vector: np.ndarray, step: np.ndarray) -> np.ndarray:
+        short = super().confined(self._own_and_scales(vector)[0], self._own_and_scales(step)[0])
+        return step * np.linalg.norm(short) / max(np.linalg.norm(self._own_and_scales(step)[0]), 1e-300)
 
     def entries(self, vector: np.ndarray) -> np.ndarray:
-        own, scales = self._split(vector)
+        own, scales = self._own_and_scales(vector)
         return np.append(super().entries(own), scales)
 
     def entry_jacobian(self, vector: np.ndarray) -> np.ndarray:
-        own = super().entry_jacobian(self._split(vector)[0])
+        own = super().entry_jacobian(self._own_and_scales(vector)[0])
         scales = np.eye(self.num_steps - 1)
         return np.block(
             [[own, np.zeros((len(own), len(scales)))], [np.zeros((len(scales), own.shape[1])), scales]],
         )
 
     def solver(self, entries: np.ndarray) -> SearchedSolver:
-        own, scales = self._split(entries)
+        own, scales = self._own_and_scales(entries)
         solver = super().solver(own)
         factors = np.exp([0, *scales, 0])
         return replace(solver, alphas=solver.alphas * factors, sigmas=solver.sigmas * factors)
 
     def searched(self, entries: np.ndarray, times_only: bool) -> list[Entry]:
-        own = self._split(entries)[0]
+        own = self._own_and_scales(entries)[0]
         found = super().searched(own, times_only)
         # Node i is where step i - 1 ends, and the next prediction is made there.
         scales = [Entry(len(own) + i - 1, i - 1, i, 0.01) for i in range(1, self.num_steps)]
         return found if times_only else found + scales
 
-    def _split(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _own_and_scales(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.split(numbers, [1 - self.num_steps])
 
 
@@ -113,48 +116,46 @@ def patched(target, name: str, value) -> Search:
 def of_family(cls: type[SolverFamily], offsets: Callable[[str], bool] = lambda kind: kind != "flow_prediction"):
     """The search among other solvers."""
 
-    def family(process, kind, num_steps, rounding):
-        return cls(process, num_steps, ORDER, offsets(kind), rounding)
+    def family(problem, known):
+        return cls(problem.process, known, offsets(problem.prediction_type), problem.rounding)
 
     return patched(strategy, "make_family", family)
 
 
-def without_trials(problem, num_steps, calls) -> Iterator[SearchedSolver]:
-    """Every step has a Jacobian of its own, and there are as many as the calls allow."""
-    with mock.patch.object(gauss_newton, "MAX_TRIALS", 1):
-        yield from search(problem, num_steps, calls, iterations=100)
+def weighted(change: Callable[[torch.Tensor], torch.Tensor]) -> Search:
+    """The search with other weights than one over the best known solver's error."""
+    known = strategy._Fit._known_errors
+
+    def changed(fit, batches, weights):
+        return [change(errors) for errors in known(fit, batches, weights)]
+
+    return patched(strategy._Fit, "_known_errors", changed)
 
 
-def without_stages(problem, num_steps, calls) -> Iterator[SearchedSolver]:
-    """Everything on all samples, from the best of the grids."""
-    family = strategy.make_family(problem.process, problem.prediction_type, num_steps)
-    return descend(problem, family, strategy.start_grids(problem.process, num_steps), calls)
+def from_starts(keep: Callable[[strategy.Contender], bool]) -> Search:
+    """The search from some of its starts."""
+    improved = strategy._Fit._improved
 
+    def changed(fit, contenders):
+        return (yield from improved(fit, [each for each in contenders if keep(each)]))
 
-def with_one_start(problem, num_steps, calls) -> Iterator[SearchedSolver]:
-    """From the grid whose classical solver is best."""
-    family = strategy.make_family(problem.process, problem.prediction_type, num_steps)
-    quarter = problem.share_of_train(4)
-
-    def error(grid):
-        return root_mean_square(endpoint_errors(quarter, family.solver(family.entries(family.vector(grid)))))
-
-    best = min(strategy.start_grids(problem.process, num_steps), key=error)
-    return patched(strategy, "start_grids", lambda process, n: [best])(problem, num_steps, calls)
+    return patched(strategy._Fit, "_improved", changed)
 
 
 FULL, CANDIDATE = "full", "with free scales of the nodes"
 # The search has them on noise predictions only.
 OFFSETS = "no network times beside the nodes'"
+STAGED = "searched node times"
 VARIANTS: dict[str, Search] = {
     FULL: search,
     "coefficients that do not follow the nodes": of_family(AbsoluteCoefficients),
     OFFSETS: of_family(SolverFamily, offsets=lambda kind: False),
     "row sums of one": of_family(RowSumsOfOne),
-    "no robust weights": patched(gauss_newton, "ROBUSTNESS", 1e6),
-    "one step for each Jacobian, no Broyden updates": without_trials,
-    "no stages: everything on all samples": without_stages,
-    "one start grid": with_one_start,
+    "all samples weigh alike": weighted(torch.ones_like),
+    "weights of one over the squared known error": weighted(torch.square),
+    "one step for each Jacobian, no Broyden updates": patched(gauss_newton, "MAX_TRIALS", 1),
+    "from searched node times alone": from_starts(lambda start: start.name == STAGED),
+    "from known tables alone": from_starts(lambda start: start.name != STAGED),
     CANDIDATE: of_family(FreeScales),
 }
 
@@ -167,7 +168,7 @@ def measure(records: Records, name: str, bench: Benchmark, seed: int, variants):
             continue
 
         def run(num_steps=num_steps, variant=variant):
-            start = bench.calls.count - problem.teacher_calls
+            start = bench.calls.count - problem.calls
             *_, solver = VARIANTS[variant](problem, num_steps, bench.calls)
             return {"calls": bench.calls.count - start, **bench.measure(solver)}
 

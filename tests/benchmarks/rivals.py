@@ -6,18 +6,23 @@ The originals minimise otherwise (Adam, RMSprop) and mostly perceptual distances
 their families of solvers are worth, not what their programs are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
-from diffusers_searched_solver import NoiseProcess, SearchedSolver
+from diffusers_searched_solver import SearchedSolver
 from diffusers_searched_solver.check import teacher_solver
 from search.baselines import classical_solvers
 from search.field import NetworkCalls
 from search.gauss_newton import MIN_GAIN, gauss_newton_iteration
-from search.parameters import FRAME, Entry, SolverFamily
-from search.rollout import Run, endpoint_errors, rollout, root_mean_square
-from search.strategy import MAX_CALLS, ORDER, TEACHER_STEPS, Problem
+from search.parameters import FRAME, ORDER, Entry, SolverFamily
+from search.problem import Problem
+from search.rollout import Batch, Run, endpoint_errors, rollout, root_mean_square, sample_errors
+from search.strategy import JUDGES, LATER_NOISES, default_calls
+
+
+# Where GITS may begin, as a share of the process.
+STARTS = 1.0, 0.9, 0.8, 0.7
 
 
 class TimesFamily(SolverFamily):
@@ -44,63 +49,69 @@ class CoefficientsFamily(SolverFamily):
 
 def search_times(problem: Problem, num_steps: int, calls: NetworkCalls) -> Iterator[SearchedSolver]:
     """As LD3."""
-    family = TimesFamily(problem.process, num_steps, ORDER, offsets=True)
-    return descend(problem, family, classical_grids(problem.process, num_steps), calls)
+    return descend(problem, num_steps, TimesFamily, calls)
 
 
 def search_coefficients(problem: Problem, num_steps: int, calls: NetworkCalls) -> Iterator[SearchedSolver]:
     """As S4S."""
-    family = CoefficientsFamily(problem.process, num_steps, ORDER, offsets=False)
-    return descend(problem, family, classical_grids(problem.process, num_steps), calls)
+    return descend(problem, num_steps, CoefficientsFamily, calls)
 
 
-def classical_grids(process: NoiseProcess, num_steps: int) -> list[np.ndarray]:
-    """The timesteps of every grid among the classical tables."""
-    tables = classical_solvers(process, num_steps).values()
-    return [np.array(grid) for grid in sorted({tuple(table.timesteps) for table in tables})]
+def fitted_and_judging(problem: Problem) -> tuple[list[Batch], list[Batch]]:
+    """The noises that rivals are fitted to and judged on, as many as the search has by default."""
+    return problem.train.between(0, LATER_NOISES), problem.judging.between(0, JUDGES)
 
 
 def descend(
-    problem: Problem, family: SolverFamily, grids: Sequence[np.ndarray], calls: NetworkCalls
+    problem: Problem, num_steps: int, family: type[SolverFamily], calls: NetworkCalls
 ) -> Iterator[SearchedSolver]:
     """
-    Gauss-Newton iterations over all samples, from the best of some grids; they end as those of `fit_solver` do.
+    Gauss-Newton iterations over all samples, from the Adams-Bashforth solver on the best of the classical grids; they
+    end when they gain little, or what the search may spend is spent.
 
     Yields:
         `SearchedSolver`: After each, the visited one of the smallest error on the samples that judge.
     """
-    start = calls.count - problem.teacher_calls
-
-    def error(batches, vector):
-        return root_mean_square(endpoint_errors(batches, family.solver(family.entries(vector))))
-
-    vector = min(map(family.vector, grids), key=lambda vector: error(problem.train, vector))
-    visited, gain, cost = [(error(problem.held_out, vector), vector)], 1.0, 0
-    yield family.solver(family.entries(vector))
-    while gain >= MIN_GAIN and calls.count - start + cost <= MAX_CALLS:
+    train, judging = fitted_and_judging(problem)
+    start = calls.count - problem.calls
+    tables = [table for name, table in classical_solvers(problem.process, num_steps).items() if f"AB{ORDER}" in name]
+    known = min(tables, key=lambda table: root_mean_square(endpoint_errors(train, table)))
+    family = family(problem.process, known, offsets=True)
+    errors = [sample_errors(rollout(batch.field, known).end, batch.target) for batch in train]
+    vector, gain, cost = family.start, 1.0, 0
+    visited = [(root_mean_square(endpoint_errors(judging, known)), known)]
+    yield known
+    while gain >= MIN_GAIN and calls.count - start + cost <= default_calls(problem, num_steps):
         before = calls.count
-        vector, gain = gauss_newton_iteration(family, vector, problem.train, times_only=False)
-        visited.append((error(problem.held_out, vector), vector))
+        fitted = gauss_newton_iteration(family, vector, train, errors)
+        vector, gain = fitted.vector, 1 - fitted.loss
+        solver = family.solver(family.entries(vector))
+        visited.append((root_mean_square(endpoint_errors(judging, solver)), solver))
         cost = calls.count - before
-        yield family.solver(family.entries(min(visited, key=lambda pair: pair[0])[1]))
+        yield min(visited, key=lambda pair: pair[0])[1]
 
 
 def choose_nodes(problem: Problem, num_steps: int) -> Iterator[SearchedSolver]:
     """
-    Of the teacher's nodes, those between which Euler's steps stay nearest to the teacher, by dynamic programming, with
-    the Adams-Bashforth coefficients that judge best.
+    Of the teacher's nodes, those between which Euler's steps stay nearest to the teacher, by dynamic programming.
+    Where the nodes begin and which Adams-Bashforth coefficients they get is what judges best: a variance-preserving
+    process is nearly pure noise long before its end.
 
     The teacher's trajectories are what it left on its way to the end points, so they cost nothing more; here it runs
     again because a problem does not keep them.
 
     Source: Chen et al., "On the Trajectory Regularity of ODE-based Diffusion Sampling" (GITS), arXiv 2405.11326.
     """
-    teacher = teacher_solver(problem.process, TEACHER_STEPS)
-    costs = [euler_costs(teacher, rollout(batch.field, teacher)) for batch in problem.train]
-    chosen = cheapest_path(np.mean(costs, 0), num_steps)
-    nodes = teacher.timesteps[chosen[:-1]], teacher.alphas[chosen], teacher.sigmas[chosen]
-    tables = [SearchedSolver.adams_bashforth(*nodes, FRAME, order) for order in (1, 2, 3, 4)]
-    yield min(tables, key=lambda table: root_mean_square(endpoint_errors(problem.held_out, table)))
+    train, judging = fitted_and_judging(problem)
+    teacher = teacher_solver(problem.process, problem.teacher_steps)
+    costs = np.mean([euler_costs(teacher, rollout(batch.field, teacher)) for batch in train], 0)
+    tables = []
+    for start in STARTS if problem.process.kind == "variance_preserving" else STARTS[:1]:
+        first = int(np.searchsorted(-teacher.timesteps, -start * problem.process.max_timestep))
+        chosen = [first + k for k in cheapest_path(costs[first:, first:], num_steps)]
+        nodes = teacher.timesteps[chosen[:-1]], teacher.alphas[chosen], teacher.sigmas[chosen]
+        tables += [SearchedSolver.adams_bashforth(*nodes, FRAME, order) for order in (1, 2, 3, 4)]
+    yield min(tables, key=lambda table: root_mean_square(endpoint_errors(judging, table)))
 
 
 def euler_costs(teacher: SearchedSolver, run: Run) -> np.ndarray:

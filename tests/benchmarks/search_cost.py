@@ -17,16 +17,16 @@ from unittest import mock
 
 import numpy as np
 from rivals import choose_nodes, search_coefficients, search_times
-from shipped import PIPELINES, SEEDS, Benchmark, Records, markdown, search, spread
+from shipped import PIPELINES, SEEDS, STEP_COUNTS, Benchmark, Records, markdown, search, spread
 
 from diffusers_searched_solver import process_from_config
 from search import gradient
 from search.differentiable_network import DifferentiableNetwork
 from search.gradient import PAPER_RECIPE, Recipe, fit_by_gradient, recipe_teacher
-from search.strategy import TRAIN_SEEDS, split_seeds
+from search.problem import TRAIN_SEEDS, split_seeds
 
 
-STEP_COUNTS, RIVAL_STEP_COUNTS = (5, 8, 10), (5, 8)
+RIVAL_STEP_COUNTS = 5, 8
 GUIDANCE = 2.0
 # The recipe's searches have no guidance.
 UNGUIDED = 1.0

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
@@ -18,25 +17,23 @@ from search.cache import TeacherCache
 from search.field import NetworkCalls
 from search.journal import Journal
 from search.loading import load_pipeline
-from search.rollout import Batch, endpoint_errors, root_mean_square, sample_errors
-from search.strategy import (
+from search.problem import (
     BATCH_SIZE,
     EVALUATION_SEEDS,
-    ITERATIONS,
-    MAX_CALLS,
-    NUM_SAMPLES,
     TEACHER_STEPS,
     TUNING_SEEDS,
     Problem,
-    fit_solver,
     search_problem,
     split_seeds,
 )
+from search.rollout import Batch, endpoint_errors, root_mean_square, sample_errors
+from search.strategy import default_calls, fit_solver
 from search.teacher import make_batches
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PIPELINES = "digits-dit", "digits-sit"
+STEP_COUNTS = 5, 8, 10
 SEEDS = 0, 1, 2
 HALVES = tuple(range(5)), tuple(range(5, 10))
 CLASSES = HALVES[0] + HALVES[1]
@@ -88,8 +85,7 @@ class Benchmark:
     def problem(self, seed: int) -> Problem:
         """What a search with default settings fits."""
         if seed not in self._problems:
-            noises = NUM_SAMPLES * np.size(self.guidance_scale)
-            settings = noises, seed, TEACHER_STEPS, BATCH_SIZE, self.calls, self._cache
+            settings = STEP_COUNTS, seed, TEACHER_STEPS, BATCH_SIZE, self.calls, self._cache
             self._problems[seed] = search_problem(self.pipe, self.conditions(self.classes), *settings)
         return self._problems[seed]
 
@@ -110,13 +106,14 @@ class Benchmark:
         return make_batches(self.pipe, self.conditions(classes), seeds, *settings)
 
     def measure(self, solver: SearchedSolver) -> dict:
-        """A solver's error on the held-out noises: the root mean square over them, and the median."""
+        """A solver's error on the held-out noises: the root mean square over them, the median and the worst."""
         errors = endpoint_errors(self.held_out, solver)
-        return {"error": root_mean_square(errors), "median_error": float(errors.median())}
+        worst = float(errors.max())
+        return {"error": root_mean_square(errors), "median_error": float(errors.median()), "worst_error": worst}
 
     def curve(self, problem: Problem, solvers: Iterator[SearchedSolver]) -> list[dict]:
         """Held-out error against network calls, as a search goes on; the teacher's are included."""
-        start, points, last = self.calls.count - problem.teacher_calls, [], None
+        start, points, last = self.calls.count - problem.calls, [], None
         for solver in solvers:
             if solver is not last:
                 last, found = solver, self.measure(solver)
@@ -151,11 +148,12 @@ class Benchmark:
 
 
 def search(
-    problem: Problem, num_steps: int, calls: NetworkCalls, iterations: int = ITERATIONS
+    problem: Problem, num_steps: int, calls: NetworkCalls, budget: float = 1.0, **settings
 ) -> Iterator[SearchedSolver]:
-    """The search with default settings, which allow more calls where more guidance scales have more noises."""
-    max_calls = MAX_CALLS * problem.num_train_batches * BATCH_SIZE // NUM_SAMPLES
-    return fit_solver(problem, num_steps, iterations, max_calls, Journal(calls), lambda line: None)
+    """The search with default settings, or as many times the usual calls."""
+    max_calls = int(budget * default_calls(problem, num_steps))
+    for outcome in fit_solver(problem, num_steps, max_calls, Journal(calls), **settings):
+        yield outcome.solver
 
 
 def scheduler_error(batches: Sequence[Batch], scheduler: SchedulerMixin, num_steps: int) -> float:

@@ -12,11 +12,11 @@ from shipped import EXAMPLES
 from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePreserving, time_grid
 from search.field import NetworkCalls, PipelineField
 from search.loading import load_pipeline
-from search.parameters import FRAME, SolverFamily
+from search.parameters import FRAME, ORDER, SolverFamily
 from search.rollout import Run, rollout
 
 
-N, ORDER = 4, 3
+N = 4
 PROCESSES = pytest.mark.parametrize("process", [FlowMatching(), VariancePreserving()], ids=["flow", "vp"])
 FAMILIES = pytest.mark.parametrize(
     "cls", [TimesFamily, CoefficientsFamily, AbsoluteCoefficients, RowSumsOfOne, FreeScales]
@@ -25,8 +25,11 @@ FAMILIES = pytest.mark.parametrize(
 
 def some_vector(family: SolverFamily) -> np.ndarray:
     """Near a classical solver, with nothing at zero."""
-    vector = family.vector(time_grid(family.process, N, start=0.9)[0])
-    return vector + 0.02 * np.random.default_rng(0).standard_normal(len(vector))
+    return family.start + 0.02 * np.random.default_rng(0).standard_normal(len(family.start))
+
+
+def classical(process) -> SearchedSolver:
+    return SearchedSolver.adams_bashforth(*time_grid(process, N, start=0.9), FRAME, ORDER)
 
 
 def test_the_path_is_the_cheapest_of_all():
@@ -51,13 +54,10 @@ def test_eulers_steps_along_a_constant_velocity_cost_nothing_and_otherwise_what_
 @FAMILIES
 @PROCESSES
 def test_every_family_begins_at_the_classical_solver(cls, process):
-    family = cls(process, N, ORDER, offsets=True)
-    timesteps = time_grid(process, N, start=0.9)[0]
-    solver = family.solver(family.entries(family.vector(timesteps)))
-    own = SolverFamily(process, N, ORDER, offsets=True)
-    classical = own.solver(own.entries(own.vector(timesteps)))
+    family = cls(process, classical(process), offsets=True)
+    solver = family.solver(family.entries(family.start))
     for name in ("timesteps", "alphas", "sigmas", "coefficients"):
-        np.testing.assert_allclose(getattr(solver, name), getattr(classical, name), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(getattr(solver, name), getattr(classical(process), name), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["digits-dit", "digits-sit"])
@@ -65,7 +65,7 @@ def test_every_family_begins_at_the_classical_solver(cls, process):
 def test_a_run_feels_an_entry_no_earlier_than_is_said(cls, name):
     pipe = load_pipeline(str(EXAMPLES / name), torch.float32, torch.device("cpu"))
     field = PipelineField(pipe, {"class_labels": [3], "guidance_scale": 2.0}, [0], NetworkCalls(pipe))
-    family = cls(field.process, N, ORDER, offsets=True)
+    family = cls(field.process, classical(field.process), offsets=True)
     entries = family.entries(some_vector(family))
     run = rollout(field, family.solver(entries))
     for entry in family.searched(entries, times_only=False):
@@ -80,7 +80,7 @@ def test_a_run_feels_an_entry_no_earlier_than_is_said(cls, name):
 
 @PROCESSES
 def test_free_scales_have_the_derivatives_that_are_said(process):
-    family = FreeScales(process, N, ORDER, offsets=True)
+    family = FreeScales(process, classical(process), offsets=True)
     vector, change = some_vector(family), 1e-6
     columns = [
         (family.entries(vector + change * unit) - family.entries(vector - change * unit)) / (2 * change)
@@ -92,20 +92,15 @@ def test_free_scales_have_the_derivatives_that_are_said(process):
 
 @PROCESSES
 def test_row_sums_stay_one_whatever_is_searched(process):
-    family = RowSumsOfOne(process, N, ORDER, offsets=True)
+    family = RowSumsOfOne(process, classical(process), offsets=True)
     coefficients = family.solver(family.entries(some_vector(family))).coefficients
     np.testing.assert_allclose(coefficients.sum(1), 1, atol=1e-12)
-    assert (
-        np.abs(
-            coefficients - family.solver(family.entries(family.vector(time_grid(process, N)[0]))).coefficients
-        ).max()
-        > 0.01
-    )
+    assert np.abs(coefficients - family.solver(family.entries(family.start)).coefficients).max() > 0.01
 
 
 @PROCESSES
 def test_absolute_coefficients_stay_when_nodes_move(process):
-    family = AbsoluteCoefficients(process, N, ORDER, offsets=True)
+    family = AbsoluteCoefficients(process, classical(process), offsets=True)
     before = family.entries(some_vector(family))
     after = before.copy()
     after[len(family.rows) + 1] -= 20

@@ -1,0 +1,278 @@
+"""What the search promises: never worse than what was known, within its budget, and honest about it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from exact import mixture_pipeline
+from fields import load
+
+from diffusers_searched_solver import (
+    FlowMatching,
+    SearchedSolver,
+    SearchedSolverScheduler,
+    SolverFile,
+    VariancePreserving,
+    solver_from_scheduler,
+    time_grid,
+)
+from search import find_solver, strategy
+from search.baselines import CLASSICAL, KnownTable, at_other_steps, diffusers_schedulers, known_tables
+from search.contest import Contest, score
+from search.field import NetworkCalls
+from search.noises import Weights, portion_end
+from search.parameters import SolverFamily
+from search.problem import _is_heavy, _stratified, search_problem
+from search.race import LEAST, RUNGS, race
+from search.rollout import endpoint_errors, root_mean_square
+from search.run import main
+from search.teacher import make_batches
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+UNGUIDED = [{"class_labels": [k], "guidance_scale": 1.0} for k in range(10)]
+PROCESSES = pytest.mark.parametrize("process", [FlowMatching(), VariancePreserving()], ids=["flow", "vp"])
+
+
+@pytest.fixture(scope="module")
+def mixture(one_thread):
+    """A pipeline with an exact flow, and noises that no search has, with their ends."""
+    pipe = mixture_pipeline()
+    calls = NetworkCalls(pipe)
+    held_out = make_batches(pipe, [{}], list(range(10**9, 10**9 + 128)), 64, 256, calls)
+    yield pipe, held_out
+    for batch in held_out:
+        batch.field.close()
+
+
+def test_a_larger_budget_is_no_worse_and_none_is_exceeded(mixture):
+    pipe, held_out = mixture
+    errors = {7_000: [], 14_000: [], 40_000: []}
+    for (budget, found), seed in ((pair, seed) for pair in errors.items() for seed in range(3)):
+        calls = NetworkCalls(pipe)
+        outcome = find_solver(pipe, 5, [{}], max_calls=budget, seed=seed, batch_size=16)
+        assert calls.count <= 1.03 * budget  # to open a call of the pipeline is an evaluation more
+        calls.remove()
+        known = root_mean_square(endpoint_errors(held_out, outcome.best_known.solver))
+        found.append(root_mean_square(endpoint_errors(held_out, outcome.solver)) / known)
+    means = [np.mean(found) for found in errors.values()]
+    assert means[0] < 0.2
+    # Other noises, other luck.
+    assert means[1] < 1.15 * means[0] and means[2] < 1.15 * means[1]
+
+
+@pytest.mark.parametrize("name", ["digits-dit", "digits-sit"])
+def test_if_nothing_better_is_found_the_best_known_table_is_the_outcome_and_it_says_so(name, monkeypatch):
+    monkeypatch.setattr(strategy, "gauss_newton_iteration", worse)
+    said = []
+    outcome = find_solver(load(name), 4, UNGUIDED, max_calls=9_000, log=said.append)
+    assert not outcome.improved and outcome.contest is None
+    assert outcome.verdict == said[-1]
+    assert f"searching has not improved on {outcome.best_known}, so the solver is its table" in outcome.verdict
+    known = outcome.best_known.solver
+    assert np.array_equal(outcome.solver.coefficients, known.coefficients)
+    assert np.array_equal(outcome.solver.timesteps, known.timesteps)
+
+
+def worse(family, vector, train, known, times_only=False, judge=None):
+    """An iteration that leads away."""
+    from search.gauss_newton import Fitted
+
+    return Fitted(vector + 0.05 * np.cos(np.arange(len(vector))), 0.5)
+
+
+def test_the_paper_s_recipe_too_ends_with_the_best_that_is_known(tmp_path):
+    """Sixteen noises are nothing to it."""
+    pipeline = ["--pipeline", "examples/digits-sit", "--output-dir", str(tmp_path / "out")]
+    options = (
+        "--fitter gradient --num-samples 16 --num-steps 4 --num-eval-samples 8 --teacher-steps 8 --guidance-scale 1"
+    )
+    main([*pipeline, *options.split()])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["search"]["improved"] == {"4": False}
+    verdict = report["search"]["verdicts"]["4"]
+    assert "searching has not improved on" in verdict
+    for name in ("README.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "searching has not improved on" in text.replace("\\", "")
+    searched = next(row for row in report["evaluation"]["results"]["4"] if row["solver"] == "searched")
+    best = min(row["endpoint_error"] for row in report["evaluation"]["results"]["4"] if row["solver"] != "searched")
+    # Eight noises may rank them otherwise than those that judged.
+    assert searched["endpoint_error"] < 1.5 * best
+
+
+def test_a_given_solver_is_a_start_and_what_was_known():
+    """A bad one does no harm; a searched one is not searched in vain."""
+    pipe = load("digits-sit")
+    searched = find_solver(pipe, 4, UNGUIDED, seed=5).solver
+    file = SolverFile({4: searched}, FlowMatching(), "flow_prediction")
+    again = find_solver(pipe, 4, UNGUIDED, max_calls=7_000, given=file)
+    assert again.best_known.family == "given solver"
+    assert again.improved or np.array_equal(again.solver.coefficients, searched.coefficients)
+
+
+def test_a_given_solver_for_another_process_is_refused():
+    grid = time_grid(VariancePreserving(), 4, start=0.9)
+    file = SolverFile({4: SearchedSolver.adams_bashforth(*grid, "velocity", 2)}, VariancePreserving(), "epsilon")
+    with pytest.raises(ValueError, match="for a variance preserving process, this model has a flow matching one"):
+        find_solver(load("digits-sit"), 4, UNGUIDED, given=file)
+
+
+def test_a_noise_that_gives_nan_is_named_before_anything_is_searched():
+    pipe = load("digits-sit")
+
+    def spoil(module, args, output):
+        output[0][args[0].flatten(1).sum(1) > 20] = torch.nan
+
+    with pipe.transformer.register_forward_hook(spoil):
+        with pytest.raises(ValueError, match="The teacher's end point for seed .* with class_labels=.* is not finite"):
+            find_solver(pipe, 4, UNGUIDED)
+
+
+def test_the_least_budget_is_named():
+    with pytest.raises(ValueError, match="`max_calls` is 999, expected at least [0-9,]+ for 4 steps: the teacher's"):
+        find_solver(load("digits-sit"), 4, UNGUIDED, max_calls=999)
+
+
+def test_the_teacher_s_steps_are_doubled_until_its_error_is_a_tenth_of_a_rival_s():
+    pipe = load("digits-sit")
+    calls = NetworkCalls(pipe)
+    found = {}
+    for step_counts in ((4,), (4, 10)):
+        problem = search_problem(pipe, UNGUIDED, step_counts, 0, 20, 4, calls)
+        found[step_counts] = problem.teacher_steps
+        ends = torch.cat([batch.target for batch in problem.train.between(0, 8)])
+        problem.close()
+        exact = make_batches(pipe, UNGUIDED, list(range(8)), 8, 512, calls)
+        own = float((ends - exact[0].target).square().mean().sqrt())
+        rivals = [each.solver for each in known_tables(pipe.scheduler.config, max(step_counts)) if each.from_diffusers]
+        best = min(root_mean_square(endpoint_errors(exact, rival)) for rival in rivals)
+        assert own < 0.15 * best
+    assert 20 <= found[4,] < found[4, 10]
+
+
+# Races and judging
+
+
+def test_a_race_keeps_what_is_best_and_measures_nothing_twice(mixture):
+    pipe, _ = mixture
+    calls = NetworkCalls(pipe)
+    problem = search_problem(pipe, [{}], [4], 0, 64, 4, calls)
+    tables, pieces = known_tables(pipe.scheduler.config, 4), []
+
+    def remember(compute):
+        pieces.append(compute())
+        return pieces[-1]
+
+    standings = race(tables, problem.train, portion_end, remember)
+    raced = [len(rows) for rows in pieces]
+    assert raced == sorted(raced, reverse=True) and raced[0] == len(tables) and raced[-1] >= 2 * LEAST
+    assert [len(rows[0]) for rows in pieces] == np.diff([0, *(count for count, _ in RUNGS)]).tolist()
+    batches = problem.train.between(0, RUNGS[-1][0])
+    best = min(root_mean_square(endpoint_errors(batches, table.solver)) for table in tables)
+    assert root_mean_square(standings[0].errors) < 1.1 * best
+    problem.close()
+    calls.remove()
+
+
+def test_three_numbers_say_who_is_better():
+    rival = torch.ones(100)
+    few_bad = torch.full((100,), 0.5)
+    few_bad[0] = 20.0
+    contest = Contest.of(few_bad, rival)
+    assert contest.ratio == pytest.approx(np.sqrt((99 * 0.25 + 400) / 100))
+    assert contest.geometric_mean == pytest.approx(0.5 * 40**0.01)
+    assert (contest.nearer, contest.worst) == (0.99, pytest.approx(20))
+    assert not contest.is_better and contest.rank > 1
+    better = Contest.of(torch.full((100,), 0.5), rival)
+    assert better.wins and better.is_decided and better.rank == pytest.approx(0.5)
+
+
+def test_errors_that_are_not_finite_or_zero_have_a_place():
+    assert score(torch.tensor([0.1, torch.nan]), torch.ones(2)) == np.inf
+    assert Contest.of(torch.tensor([torch.inf, 0.1]), torch.ones(2)).rank == np.inf
+    assert Contest.of(torch.zeros(3), torch.zeros(3)).ratio == 1
+
+
+def test_strata_weigh_as_many_as_there_are_of_them():
+    seeds, distances = list(range(100, 164)), np.linspace(0, 1, 64) ** 8
+    order, strata = _stratified(seeds, distances, spacing=2)
+    assert sorted(order) == seeds
+    assert order[0:16:2] == seeds[-8:]
+    weights = Weights(order[:16], strata)._weights
+    # Half of these sixteen are of an eighth of all.
+    assert sum(weights.values()) == pytest.approx(16)
+    assert weights[order[0]] / weights[order[1]] == pytest.approx((1 / 8) / (7 / 8))
+
+
+def test_a_few_noises_that_have_most_of_the_squares_are_noticed():
+    normal = np.random.default_rng(0).uniform(0.5, 1, 32)
+    assert not _is_heavy(normal)
+    assert _is_heavy([*normal[1:], 20.0])
+    assert not _is_heavy(np.zeros(32))
+
+
+# The family
+
+
+def classical(process, num_steps):
+    start = 1.0 if process.kind == "flow_matching" else 0.9
+    return SearchedSolver.adams_bashforth(*time_grid(process, num_steps, start=start), "velocity", order=3)
+
+
+@PROCESSES
+def test_every_known_table_is_where_its_family_starts(process):
+    name = "digits-sit" if process.kind == "flow_matching" else "digits-dit"
+    config = load(name).scheduler.config
+    process = SearchedSolverScheduler.from_config(config).process
+    for known in known_tables(config, 6):
+        table = known.solver.in_frame("velocity")
+        family = SolverFamily(process, known.solver, offsets=True)
+        start = family.solver(family.entries(family.start))
+        np.testing.assert_allclose(start.timesteps, table.timesteps, atol=1e-9, err_msg=str(known))
+        np.testing.assert_allclose(start.coefficients, table.coefficients, atol=1e-9, err_msg=str(known))
+        if np.allclose(process.scale(table.alphas, table.sigmas), 1, atol=1e-6) and table.sigmas[-1] == 0:
+            np.testing.assert_allclose(start.sigmas, table.sigmas, atol=1e-6, err_msg=str(known))
+
+
+@PROCESSES
+def test_whatever_a_family_makes_can_be_written(process):
+    """Nodes do not collapse and network times stay within what a solver file may hold, however far a step goes."""
+    family = SolverFamily(process, classical(process, 5), offsets=True)
+    random, made = np.random.default_rng(0), 0
+    kind = "flow_prediction" if process.kind == "flow_matching" else "epsilon"
+    for size in np.geomspace(0.01, 1000, 60):
+        step = size * random.standard_normal(len(family.start))
+        vector = family.start + family.confined(family.start, step)
+        try:
+            solver = family.solver(family.entries(vector))
+        except ValueError:
+            continue  # two network times have changed places
+        SolverFile({5: solver}, process, kind)
+        made += 1
+        gaps = -np.diff(np.append(process.max_timestep, family.entries(vector)[len(family.rows) :][:5]))
+        assert (gaps[1:] > 0).all()
+    assert made > 20
+
+
+@PROCESSES
+def test_other_step_counts_are_interpolated_and_the_same_one_is_the_same_nodes(process):
+    solver = classical(process, 6)
+    same = at_other_steps(solver, process, 6)
+    np.testing.assert_allclose(same.sigmas, solver.sigmas, atol=1e-9)
+    np.testing.assert_allclose(same.coefficients, solver.coefficients, atol=1e-9)
+    more = at_other_steps(solver, process, 12)
+    np.testing.assert_allclose(more.sigmas[::2], solver.sigmas, atol=1e-9)
+
+
+def test_a_scheduler_s_table_can_be_the_outcome():
+    """All tables of one search have to fit into one file."""
+    config = load("digits-dit").scheduler.config
+    (family, settings), *_ = diffusers_schedulers(config).items()
+    tables = [
+        KnownTable(family, "", solver_from_scheduler(next(iter(settings.values())), n), True).solver for n in (4, 5)
+    ]
+    file = SolverFile({t.num_steps: t for t in tables}, SearchedSolverScheduler.from_config(config).process, "epsilon")
+    assert file.step_counts == [4, 5]
+    assert CLASSICAL in {table.family for table in known_tables(config, 4)}
