@@ -7,6 +7,8 @@ import torch
 
 
 BOOTSTRAP_DRAWS = 2000
+# What a ratio may be above one by chance.
+LITTLE = 1.1
 # Samples that both solvers end exactly on count as equal.
 TINY = 1e-12
 
@@ -72,10 +74,23 @@ class Contest:
         return self.wins or self.ratio_interval[0] > 1 or self.geometric_mean_interval[0] > 1
 
     @property
-    def rank(self) -> float:
-        """What solvers are ranked by against one rival: the less the better, and at least one if either mean is."""
-        means = self.ratio, self.geometric_mean
-        rank = np.sqrt(self.ratio * self.geometric_mean) if self.is_better else max(means)
+    def may_be_better(self) -> bool:
+        """
+        Whether the geometric mean is below one beyond sampling, and the root mean square above it at most by chance
+        and by little: of few samples, one decides it.
+        """
+        by_samples = self.geometric_mean_interval[1] < 1 and self.ratio_interval[0] < 1
+        return self.is_better or by_samples and self.ratio < LITTLE
+
+    def rank(self, strict: bool) -> float:
+        """
+        What solvers are ranked by against one rival: the less the better, and at least one for those that are not.
+
+        Args:
+            strict (`bool`): Whether those that only may be better are not.
+        """
+        better = self.is_better if strict else self.may_be_better
+        rank = np.sqrt(self.ratio * self.geometric_mean) if better else max(1.0, self.ratio, self.geometric_mean)
         return float(rank) if np.isfinite(rank) else np.inf
 
     def __str__(self) -> str:

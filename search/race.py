@@ -17,7 +17,7 @@ from .rollout import Batch, Run, rollout, sample_errors
 
 
 # Noises in all, and the share of the tables that are still in the race on them.
-RUNGS = ((1, 1.0), (2, 0.3), (4, 0.15), (8, 0.08))
+RUNGS = ((1, 1.0), (2, 0.3), (4, 0.12))
 LEAST = 2
 
 

@@ -353,8 +353,11 @@ class _Fit:
         weights = gathered_weights(self.problem.judging, 0, self.num_judges)
         return Contender(name, solver, errors.double(), weights, family, vector)
 
+    def _contest(self, contender: Contender) -> Contest:
+        return Contest.of(contender.errors, self.known.errors, contender.weights)
+
     def _rank(self, contender: Contender) -> float:
-        return Contest.of(contender.errors, self.known.errors, contender.weights).rank
+        return self._contest(contender).rank(strict=self.problem.heavy)
 
     def _judge_of_steps(self) -> Callable[[SearchedSolver], float] | None:
         """
@@ -368,20 +371,20 @@ class _Fit:
 
         def rank(solver: SearchedSolver) -> float:
             errors = endpoint_errors(batches, solver)
-            return Contest.of(errors, self.known.errors[: len(errors)], weights).rank
+            return Contest.of(errors, self.known.errors[: len(errors)], weights).rank(strict=True)
 
         return rank
 
     def _found(self, best: Contender, stage: str) -> Outcome:
         calls = self.problem.calls + self.journal.spent - self.start
-        contest = Contest.of(best.errors, self.known.errors, best.weights)
+        contest = self._contest(best)
         numbers = {"judged error": best.error, "ratio": contest.ratio, "geometric mean": contest.geometric_mean}
         self.tell(Finding(self.num_steps, f"{stage} ({best.name})", {**numbers, "network calls": calls}))
         return self._outcome(best)
 
     def _outcome(self, best: Contender) -> Outcome:
-        contest = Contest.of(best.errors, self.known.errors, best.weights)
-        if best is self.known or not contest.is_better:
+        contest = self._contest(best)
+        if contest.rank(strict=self.problem.heavy) >= 1:
             return Outcome(self.best_known.solver, self.best_known, None, self.num_judges, self.tuned)
         return Outcome(best.solver, self.best_known, contest, self.num_judges, self.tuned)
 
@@ -477,9 +480,9 @@ class _Fit:
     def _decided(self, best: Contender) -> Outcome:
         """The outcome, with as many noises that judge as it takes to tell the best from the best that was known."""
         while best is not self.known and self.num_judges < self._many(MOST_JUDGES):
-            more = portion_end(2 * self.num_judges)
+            more = portion_end(self.num_judges + 1)
             cost = (more - self.problem.judging.made) * self.problem.teacher_steps + 2 * more * self.num_steps
-            if Contest.of(best.errors, self.known.errors, best.weights).is_decided or cost > self.left:
+            if self._contest(best).is_decided or cost > self.left:
                 break
             self.num_judges = more
             best, self.known = (

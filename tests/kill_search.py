@@ -120,12 +120,6 @@ def _run(command: list[str], log: Path, environment: dict[str, str], prepare: Ca
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ.update(environment)
-    # Here, so that only the forks have it.
-    import search.baselines
-    import search.measure
-
-    # How good the rivals are is of no interest here, and takes most of the time.
-    search.baselines.FLOW_SHIFTS, search.measure.TUNING_SAMPLES = (1.0,), 1
     if prepare is not None:
         prepare()
     sys.argv = command

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, UniPCMultistepScheduler
 from hub_server import Hub, point_client_at
 from safetensors.torch import load_file
 from tiny_pipelines import build
@@ -102,10 +102,10 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     found = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert found == ["list", "show", "compare", "check", "convert"]
+    assert found == ["list", "show", "compare", "tabulate", "check", "convert"]
 
 
-@pytest.mark.parametrize("command", ["list", "show", "compare", "check", "convert"])
+@pytest.mark.parametrize("command", ["list", "show", "compare", "tabulate", "check", "convert"])
 def test_every_command_has_help_that_fits_a_terminal(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit, match="0"):
@@ -422,3 +422,40 @@ def test_check_agrees_with_the_search_on_a_solver_that_it_found(capsys):
     (found,) = check_solver(pipe, file, [{"class_labels": [k], "guidance_scale": 2.0} for k in range(10)], [5])
     # Ten samples whose errors differ by a factor of about two.
     assert np.sqrt(np.mean(found.searched**2)) == pytest.approx(searched, rel=0.4)
+
+
+# Tables of diffusers' schedulers
+
+
+def test_a_scheduler_of_diffusers_is_written_as_a_solver_that_from_pretrained_loads(tmp_path, capsys):
+    options = ["--scheduler", "UniPCMultistepScheduler", "--config", '{"solver_order": 3}', "--num-steps", "5", "8"]
+    assert main(["tabulate", DIT, *options, "--output", str(tmp_path / "unipc")]) == 0
+    assert "UniPCMultistepScheduler in 5, 8 steps" in capsys.readouterr().out
+    pipe = load_pipeline(DIT, torch.float32, torch.device("cpu"))
+    unipc = UniPCMultistepScheduler.from_config(pipe.scheduler.config, solver_order=3)
+    images = []
+    for scheduler in (unipc, SearchedSolverScheduler.from_pretrained(tmp_path / "unipc")):
+        pipe.scheduler = scheduler
+        generator = torch.Generator().manual_seed(0)
+        images.append(pipe(class_labels=[3], num_inference_steps=8, generator=generator, output_type="np").images)
+    np.testing.assert_allclose(*images, atol=1e-4)
+    assert main(["show", str(tmp_path / "unipc"), "--num-steps", "5"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (
+            DIT,
+            ["--scheduler", "DDPMScheduler"],
+            "DDPMScheduler of 5 steps is not a table of one call a step: it dr",
+        ),
+        (DIT, ["--scheduler", "Sampler"], "'Sampler' is none of diffusers' schedulers"),
+        (DIT, ["--config", '{"shft": 3}'], "DDIMScheduler has no config entry 'shft'"),
+    ],
+    ids=["no table", "no scheduler", "no entry"],
+)
+def test_what_cannot_be_tabulated_is_an_error_and_nothing_is_written(source, options, message, tmp_path, capsys):
+    assert main(["tabulate", source, *options, "--num-steps", "5", "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

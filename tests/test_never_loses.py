@@ -56,10 +56,10 @@ def test_a_larger_budget_is_no_worse_and_none_is_exceeded(mixture):
         calls.remove()
         known = root_mean_square(endpoint_errors(held_out, outcome.best_known.solver))
         found.append(root_mean_square(endpoint_errors(held_out, outcome.solver)) / known)
-    means = [np.mean(found) for found in errors.values()]
-    assert means[0] < 0.2
-    # Other noises, other luck.
-    assert means[1] < 1.15 * means[0] and means[2] < 1.15 * means[1]
+    means, spreads = ([of(found) for found in errors.values()] for of in (np.mean, np.ptp))
+    assert means[0] < 0.1
+    # Other noises, other luck: what seeds alone make of it.
+    assert means[1] < means[0] + spreads[0] and means[2] < means[1] + spreads[1]
 
 
 @pytest.mark.parametrize("name", ["digits-dit", "digits-sit"])
@@ -184,14 +184,24 @@ def test_three_numbers_say_who_is_better():
     assert contest.ratio == pytest.approx(np.sqrt((99 * 0.25 + 400) / 100))
     assert contest.geometric_mean == pytest.approx(0.5 * 40**0.01)
     assert (contest.nearer, contest.worst) == (0.99, pytest.approx(20))
-    assert not contest.is_better and contest.rank > 1
+    assert not contest.is_better and contest.rank(strict=False) > 1
     better = Contest.of(torch.full((100,), 0.5), rival)
-    assert better.wins and better.is_decided and better.rank == pytest.approx(0.5)
+    assert better.wins and better.is_decided and better.rank(strict=True) == pytest.approx(0.5)
+
+
+def test_one_sample_of_few_may_lift_a_root_mean_square_a_little_by_chance_but_not_a_strict_one():
+    rival = torch.ones(16)
+    rival[0] = 8.0
+    errors = rival / 2
+    errors[0] = 9.0
+    contest = Contest.of(errors, rival)
+    assert 1 < contest.ratio < 1.1 and contest.geometric_mean < 0.6
+    assert contest.may_be_better and contest.rank(strict=False) < 1 <= contest.rank(strict=True)
 
 
 def test_errors_that_are_not_finite_or_zero_have_a_place():
     assert score(torch.tensor([0.1, torch.nan]), torch.ones(2)) == np.inf
-    assert Contest.of(torch.tensor([torch.inf, 0.1]), torch.ones(2)).rank == np.inf
+    assert Contest.of(torch.tensor([torch.inf, 0.1]), torch.ones(2)).rank(strict=False) == np.inf
     assert Contest.of(torch.zeros(3), torch.zeros(3)).ratio == 1
 
 

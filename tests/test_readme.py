@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from readme_tables import PIPELINES, ROOT, report_of, with_tables
 
+from search.strategy import usual_calls
+
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -55,9 +57,13 @@ def test_the_memory_of_the_searches_is_that_of_the_reports():
     assert f"Peak memory of the searches was {' and '.join(ratios)} times" in " ".join(README.split())
 
 
-def test_the_searched_solvers_of_the_reports_beat_every_rival_by_the_promised_factor():
+def test_the_searched_solvers_of_the_reports_beat_every_rival_within_their_budget():
     for name in PIPELINES:
         report = report_of(name)
         for table in report["evaluation"]["results"].values():
-            assert all(row["ratio"] < 0.5 for row in table if row["solver"] != "searched")
-        assert report["search"]["cost_with_teacher"]["8"]["network_calls"] <= 15_000
+            for row in table:
+                assert row["solver"] == "searched" or row["ratio"] < 0.65 and row["geometric_mean"] < 0.65
+        for num_steps, cost in report["search"]["cost_with_teacher"].items():
+            # To open a call of the pipeline is an evaluation more.
+            assert cost["network_calls"] <= 1.03 * usual_calls(int(num_steps))
+        assert all(report["search"]["improved"].values())
