@@ -8,7 +8,7 @@ import torch
 
 BOOTSTRAP_DRAWS = 2000
 # What a ratio may be above one by chance.
-LITTLE = 1.1
+LITTLE = 1.25
 # Samples that both solvers end exactly on count as equal.
 TINY = 1e-12
 
@@ -84,13 +84,13 @@ class Contest:
 
     def rank(self, strict: bool) -> float:
         """
-        What solvers are ranked by against one rival: the less the better, and at least one for those that are not.
+        What solvers are ranked by against one rival; the less the better.
 
         Args:
-            strict (`bool`): Whether those that only may be better are not.
+            strict (`bool`): Whether it is at least one for those that are not better in both means.
         """
-        better = self.is_better if strict else self.may_be_better
-        rank = np.sqrt(self.ratio * self.geometric_mean) if better else max(1.0, self.ratio, self.geometric_mean)
+        both = np.sqrt(self.ratio * self.geometric_mean)
+        rank = max(self.ratio, self.geometric_mean) if strict and not self.is_better else both
         return float(rank) if np.isfinite(rank) else np.inf
 
     def __str__(self) -> str:

@@ -75,8 +75,9 @@ class Outcome:
                 f"{steps}: searching has not improved on {self.best_known}, so the solver is its table, exactly. Use "
                 "it as it is, or search again with a larger `max_calls`."
             )
+        word = "better" if self.contest.is_better else "nearer on most noises"
         return (
-            f"{steps}: better than {self.best_known}, the best that was known: {self.contest} ({self.num_judges} "
+            f"{steps}: {word} than {self.best_known}, the best that was known: {self.contest} ({self.num_judges} "
             "noises that were not fitted)."
         )
 
@@ -322,8 +323,8 @@ class _Fit:
         """Search."""
         known = self._raced()
         yield self._found(self.known, "best that is known")
-        # Where classical tables lead, the staged ones lead farther.
-        starts = [each for each in known if not each.name.startswith(CLASSICAL) or each is self.known]
+        # Where classical tables lead, node times that are searched first lead farther.
+        starts = [each for each in known if not each.name.startswith(CLASSICAL)]
         families = [make_family(self.problem, each.solver) for each in starts]
         starts = [replace(s, family=f, vector=f.start) for s, f in zip(starts, families, strict=True)]
         best = yield from self._improved([*starts, self._staged()])
@@ -384,7 +385,7 @@ class _Fit:
 
     def _outcome(self, best: Contender) -> Outcome:
         contest = self._contest(best)
-        if contest.rank(strict=self.problem.heavy) >= 1:
+        if not (contest.is_better if self.problem.heavy else contest.may_be_better):
             return Outcome(self.best_known.solver, self.best_known, None, self.num_judges, self.tuned)
         return Outcome(best.solver, self.best_known, contest, self.num_judges, self.tuned)
 
