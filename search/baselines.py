@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -72,7 +72,12 @@ def known_tables(config: Mapping, num_steps: int) -> list[KnownTable]:
                 # Whole timesteps may meet where there are many; diffusers itself fails or repeats a step there.
                 logger.info(f"{family}, {setting}: {error}")
     classical = classical_solvers(process_from_config(config), num_steps)
-    return tables + [KnownTable(CLASSICAL, setting, solver, False) for setting, solver in classical.items()]
+    return tables + [KnownTable(CLASSICAL, name, in_one_kind(solver), False) for name, solver in classical.items()]
+
+
+def in_one_kind(solver: SearchedSolver) -> SearchedSolver:
+    """The same solver as searched ones are written, in the velocity frame and with free row sums."""
+    return replace(solver.in_frame("velocity"), consistent=False)
 
 
 def classical_solvers(process: NoiseProcess, num_steps: int) -> dict[str, SearchedSolver]:

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers_searched_solver import NoiseProcess, SearchedSolver, SolverFile, time_grid
 from diffusers_searched_solver.scheduler import SearchedSolverScheduler
 
-from .baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, at_other_steps, known_tables
+from .baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, at_other_steps, in_one_kind, known_tables
 from .contest import Contest, score
 from .field import NetworkCalls
 from .gauss_newton import gauss_newton_iteration
@@ -270,9 +270,7 @@ class _Fit:
         self.problem, self.num_steps, self.max_calls = problem, num_steps, max_calls
         self.journal, self.tell, self.start = journal, tell, journal.spent
         self.num_judges = portion_end(problem.judges_factor * JUDGES)
-        tables = [*known_tables(problem.config, num_steps), *self._given(given)]
-        # Any of them may be what is written, in one file with searched ones.
-        self.tables = [replace(t, solver=replace(t.solver.in_frame(FRAME), consistent=False)) for t in tables]
+        self.tables = [*known_tables(problem.config, num_steps), *self._given(given)]
         self._check_budget()
 
     def _many(self, noises: int) -> int:
@@ -286,9 +284,9 @@ class _Fit:
     def _given(self, given: Mapping[int, SearchedSolver]) -> list[KnownTable]:
         """Those of these steps, or what those of others say of these."""
         if self.num_steps in given:
-            return [KnownTable(GIVEN, "", given[self.num_steps], False)]
+            return [KnownTable(GIVEN, "", in_one_kind(given[self.num_steps]), False)]
         process, steps = self.problem.process, self.num_steps
-        tables = {count: at_other_steps(solver, process, steps) for count, solver in given.items()}
+        tables = {count: in_one_kind(at_other_steps(solver, process, steps)) for count, solver in given.items()}
         return [KnownTable(NEIGHBOUR, f"of {count} steps", table, False) for count, table in tables.items()]
 
     def _check_budget(self):
