@@ -32,7 +32,7 @@ BASE_CALLS, CALLS_PER_SQUARED_STEP = 5_700, 180
 TIMES_NOISES, FIRST_NOISES, LATER_NOISES = 4, 8, 16
 # Noises that judge, and that may where two solvers cannot be told apart.
 JUDGES, MOST_JUDGES = 16, 64
-# Contenders whose score is more than this many times the best one's are not worth an iteration.
+# Contenders whose rank is more than this many times the best one's are not worth an iteration.
 CLOSE = 1.6
 # Samples weigh 1 / error of the best known solver, but no more than if it were this share of the usual one.
 LEAST_KNOWN = 0.01
@@ -118,7 +118,9 @@ def search_solver(
         pipe, num_steps, conditions, settings: As in [`find_solver`].
 
     Returns:
-        `SearchedSolver`: On the noises that judge no worse than any solver that was known before.
+        `SearchedSolver`: On the noises that judge better than the best known solver by the geometric mean, and by the
+            root mean square too or, where no noises are much harder than others, not worse beyond chance and `LITTLE`;
+            or else the best known solver itself.
     """
     return find_solver(pipe, num_steps, conditions, **settings).solver
 
