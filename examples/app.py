@@ -18,9 +18,9 @@ from PIL import Image
 
 from diffusers_searched_solver import SearchedSolverScheduler
 from diffusers_searched_solver.calls import build_conditions
-from search.baselines import diffusers_schedulers
-from search.images import sample_images
-from search.loading import load_pipeline
+from search.known.baselines import diffusers_schedulers
+from search.pipeline.loading import load_pipeline
+from search.results.images import sample_images
 
 
 HERE = Path(__file__).parent

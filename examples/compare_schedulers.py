@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw
 
 from diffusers_searched_solver import SearchedSolverScheduler
 from diffusers_searched_solver.calls import build_conditions
-from search.baselines import diffusers_schedulers
-from search.field import merge_conditions
-from search.images import error_images, sample_images
-from search.loading import load_pipeline
+from search.known.baselines import diffusers_schedulers
+from search.pipeline.field import merge_conditions
+from search.pipeline.loading import load_pipeline
+from search.results.images import error_images, sample_images
 
 
 HERE = Path(__file__).parent

@@ -16,11 +16,11 @@ import torch
 from accelerate.utils import LoggerType
 from huggingface_hub import cached_assets_path
 
-from .feature_network import INCEPTION
-from .gradient import PAPER_RECIPE
-from .loading import NAMES
-from .problem import BATCH_SIZE, TEACHER_STEPS
-from .strategy import BASE_CALLS, CALLS_PER_SQUARED_STEP
+from .fit.strategy import BASE_CALLS, CALLS_PER_SQUARED_STEP
+from .gradient.recipe import PAPER_RECIPE
+from .measure.feature_network import INCEPTION
+from .pipeline.loading import NAMES
+from .teacher.batches import BATCH_SIZE, TEACHER_STEPS
 
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, SolverFile
 from diffusers_searched_solver.serialization import SOLVER_FILE
 
-from .baselines import KnownTable, known_tables
-from .processes import agree
+from .known.baselines import KnownTable, known_tables
+from .launch.processes import agree
 
 
 # What a report says once for the search and the measurement.

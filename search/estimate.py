@@ -9,17 +9,18 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from .baselines import diffusers_schedulers, known_tables
-from .feature_network import FeatureNetwork
-from .field import NetworkCalls, PipelineField
-from .image_metrics import seconds_per_image
-from .measure import EVALUATION_BATCH_SIZE, EVALUATION_TEACHER
-from .memory import peak_memory
-from .problem import FEW, SCREENING_STEPS, TEACHER_NOISES, split_seeds
-from .progress import IMAGES, MEASURING, TEACHER
-from .race import RUNGS
-from .strategy import FIRST_NOISES, JUDGES, LATER_NOISES, usual_calls
-from .teacher import make_batches
+from .fit.problem import FEW, SCREENING_STEPS, TEACHER_NOISES
+from .fit.strategy import FIRST_NOISES, JUDGES, LATER_NOISES, usual_calls
+from .known.baselines import diffusers_schedulers, known_tables
+from .known.race import RUNGS
+from .launch.progress import IMAGES, MEASURING, TEACHER
+from .measure.feature_network import FeatureNetwork
+from .measure.image_metrics import seconds_per_image
+from .measure.measuring import EVALUATION_BATCH_SIZE, EVALUATION_TEACHER
+from .pipeline.field import NetworkCalls, PipelineField
+from .teacher.batches import make_batches
+from .teacher.memory import peak_memory
+from .teacher.splits import split_seeds
 
 
 TIMED_STEPS = 16

@@ -15,20 +15,20 @@ from diffusers import DiffusionPipeline
 from diffusers_searched_solver import SearchedSolverScheduler
 from diffusers_searched_solver.calls import build_conditions
 from search.arguments import DTYPES, parse_arguments
-from search.card import check_place
 from search.earlier import earlier_results
 from search.estimate import estimate, expected_calls
-from search.field import FieldError, NetworkCalls
-from search.image_metrics import load_feature_network
-from search.journal import Journal
-from search.loading import hub_repository, load_pipeline, takes_guidance
-from search.measure import final_numbers, measure
-from search.output import write_results
-from search.processes import LostProcessError
-from search.progress import Progress
-from search.publish import PublishError, check_target, publish
+from search.fit.strategy import check_settings, given_solvers
+from search.launch.journal import Journal
+from search.launch.processes import LostProcessError
+from search.launch.progress import Progress
+from search.measure.image_metrics import load_feature_network
+from search.measure.measuring import final_numbers, measure
+from search.pipeline.field import FieldError, NetworkCalls
+from search.pipeline.loading import hub_repository, load_pipeline, takes_guidance
+from search.results.card import check_place
+from search.results.output import write_results
+from search.results.publish import PublishError, check_target, publish
 from search.session import run_search
-from search.strategy import check_settings, given_solvers
 
 
 # What a journal's outcomes depend on.

@@ -10,17 +10,18 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver import SearchedSolver
 
-from .cache import TeacherCache, content_key
-from .differentiable_network import DifferentiableNetwork
-from .field import NetworkCalls, PipelineField
-from .gradient import Recipe, fit_by_gradient, recipe_teacher
-from .journal import Journal
-from .memory import inference_memory, peak_memory
-from .output import write_solvers
-from .parameters import FRAME
-from .problem import TRAIN_SEEDS, Problem, search_problem, split_seeds
-from .progress import TEACHER, Finding, Progress
-from .strategy import Outcome, default_calls, fit_solver, judge_solver
+from .fit.parameters import FRAME
+from .fit.problem import Problem, search_problem
+from .fit.strategy import Outcome, default_calls, fit_solver, judge_solver
+from .gradient.differentiable_network import DifferentiableNetwork
+from .gradient.recipe import Recipe, fit_by_gradient, recipe_teacher
+from .launch.journal import Journal
+from .launch.progress import TEACHER, Finding, Progress
+from .pipeline.field import NetworkCalls, PipelineField
+from .results.output import write_solvers
+from .teacher.cache import TeacherCache, content_key
+from .teacher.memory import inference_memory, peak_memory
+from .teacher.splits import TRAIN_SEEDS, split_seeds
 
 
 # Updates of the gradient fitter from one line to the next.

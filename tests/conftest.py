@@ -9,7 +9,7 @@ from fields import load
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-from search.field import NetworkCalls, PipelineField
+from search.pipeline.field import NetworkCalls, PipelineField
 
 
 BROWSER_OPTIONS = (

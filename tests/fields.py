@@ -1,4 +1,4 @@
-"""Fields of tiny pipelines and of the shipped ones, for the tests of `search/field.py`."""
+"""Fields of tiny pipelines and of the shipped ones, for the tests of `search/pipeline/field.py`."""
 
 import functools
 from contextlib import contextmanager

@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from search.evaluate import is_diffusers_scheduler
-from search.image_metrics import TEACHER
+from search.measure.evaluate import is_diffusers_scheduler
+from search.measure.image_metrics import TEACHER
 
 
 ROOT = Path(__file__).parent.parent

@@ -26,7 +26,7 @@ from golden_models import FIXTURES, official
 
 from diffusers_searched_solver import SearchedSolverScheduler
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
-from search.field import NetworkCalls, PipelineField
+from search.pipeline.field import NetworkCalls, PipelineField
 
 
 NETWORKS = ["sit", "dit", "flowdcn"]

@@ -31,7 +31,7 @@ from diffusers_searched_solver import (
 from diffusers_searched_solver.check import REFERENCE_STEPS, count_steps
 from diffusers_searched_solver.cli import main
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
-from search.loading import load_pipeline
+from search.pipeline.loading import load_pipeline
 from search.run import parse_arguments
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_searched_solver.convert import convert, main
 from diffusers_searched_solver.models import SiTTransformer2DModel
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
-from search.loading import CHECKPOINTS, HUB_NAMES, load_pipeline
+from search.pipeline.loading import CHECKPOINTS, HUB_NAMES, load_pipeline
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

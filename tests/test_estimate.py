@@ -8,12 +8,12 @@ import torch
 
 from diffusers_searched_solver.calls import build_conditions
 from search.estimate import estimate
-from search.field import NetworkCalls
-from search.journal import Journal
-from search.loading import load_pipeline
-from search.problem import search_problem
+from search.fit.problem import search_problem
+from search.fit.strategy import default_calls, fit_solver
+from search.launch.journal import Journal
+from search.pipeline.field import NetworkCalls
+from search.pipeline.loading import load_pipeline
 from search.run import parse_arguments
-from search.strategy import default_calls, fit_solver
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

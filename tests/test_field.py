@@ -40,10 +40,10 @@ from tiny_pipelines import NUM_STEPS, OWN_SCHEDULE, build
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, time_grid
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
-from search.baselines import run_scheduler
-from search.field import FieldError, NetworkCalls, PipelineField, merge_conditions
-from search.hand_out import HandOutScheduler
-from search.rollout import Run, rollout
+from search.known.baselines import run_scheduler
+from search.pipeline.field import FieldError, NetworkCalls, PipelineField, merge_conditions
+from search.pipeline.hand_out import HandOutScheduler
+from search.pipeline.rollout import Run, rollout
 
 
 ONE_IMAGE_A_CALL = ("wan_image_to_video", "chronoedit")

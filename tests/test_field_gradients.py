@@ -8,7 +8,7 @@ import torch
 from fields import ALL, DIGITS, inputs_of, load, seeds_of, start_of
 from tiny_pipelines import build
 
-from search.field import FieldError
+from search.pipeline.field import FieldError
 
 
 NO_GRADIENT = {"x": ("modular_flux",), "timestep": ("modular_flux", "hunyuan_dit", "aura_flow", "cosmos25")}

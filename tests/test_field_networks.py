@@ -8,7 +8,7 @@ from tiny_pipelines import build
 from torch._dynamo.testing import CompileCounter
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, time_grid
-from search.field import NetworkCalls, PipelineField
+from search.pipeline.field import NetworkCalls, PipelineField
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,12 +13,12 @@ from fields import load
 from tiny_pipelines import build
 
 from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePreserving, time_grid
-from search.consistent_family import ConsistentFamily
-from search.differentiable_network import DifferentiableNetwork
-from search.field import FieldError, NetworkCalls
-from search.gradient import Recipe, fit_by_gradient, loss_and_gradient, recipe_teacher, trajectory_loss
-from search.rollout import endpoint_errors
-from search.teacher import make_batches
+from search.gradient.consistent_family import ConsistentFamily
+from search.gradient.differentiable_network import DifferentiableNetwork
+from search.gradient.recipe import Recipe, fit_by_gradient, loss_and_gradient, recipe_teacher, trajectory_loss
+from search.pipeline.field import FieldError, NetworkCalls
+from search.pipeline.rollout import endpoint_errors
+from search.teacher.batches import make_batches
 
 
 ROOT = Path(__file__).parent.parent

@@ -18,12 +18,10 @@ from torchmetrics.image.inception import InceptionScore
 from diffusers_searched_solver import SearchedSolverScheduler, process_from_config
 from diffusers_searched_solver.calls import build_conditions
 from diffusers_searched_solver.check import teacher_solver
-from search import image_metrics
-from search.feature_network import FeatureNetwork
-from search.field import NetworkCalls
-from search.image_metrics import format_metrics, load_feature_network, measure_images
-from search.loading import load_pipeline
-from search.metrics import (
+from search.measure import image_metrics
+from search.measure.feature_network import FeatureNetwork
+from search.measure.image_metrics import format_metrics, load_feature_network, measure_images
+from search.measure.metrics import (
     BLOCK,
     frechet_distance,
     inception_score,
@@ -31,7 +29,9 @@ from search.metrics import (
     precision_and_recall,
     similarity,
 )
-from search.problem import EVALUATION_SEEDS, split_seeds
+from search.pipeline.field import NetworkCalls
+from search.pipeline.loading import load_pipeline
+from search.teacher.splits import EVALUATION_SEEDS, split_seeds
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

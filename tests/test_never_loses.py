@@ -17,17 +17,18 @@ from diffusers_searched_solver import (
     solver_from_scheduler,
     time_grid,
 )
-from search import find_solver, strategy
-from search.baselines import CLASSICAL, KnownTable, at_other_steps, diffusers_schedulers, known_tables
-from search.contest import Contest, score
-from search.field import NetworkCalls
-from search.noises import Weights, portion_end
-from search.parameters import SolverFamily
-from search.problem import _is_heavy, _stratified, search_problem
-from search.race import LEAST, RUNGS, race
-from search.rollout import endpoint_errors, root_mean_square
+from search import find_solver
+from search.fit import strategy
+from search.fit.parameters import SolverFamily
+from search.fit.problem import _is_heavy, _stratified, search_problem
+from search.known.baselines import CLASSICAL, KnownTable, at_other_steps, diffusers_schedulers, known_tables
+from search.known.contest import Contest, score
+from search.known.race import LEAST, RUNGS, race
+from search.pipeline.field import NetworkCalls
+from search.pipeline.rollout import endpoint_errors, root_mean_square
 from search.run import main
-from search.teacher import make_batches
+from search.teacher.batches import make_batches
+from search.teacher.noises import Weights, portion_end
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +78,7 @@ def test_if_nothing_better_is_found_the_best_known_table_is_the_outcome_and_it_s
 
 def worse(family, vector, train, known, times_only=False, judge=None):
     """An iteration that leads away."""
-    from search.gauss_newton import Fitted
+    from search.fit.gauss_newton import Fitted
 
     return Fitted(vector + 0.05 * np.cos(np.arange(len(vector))), 0.5)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from diffusers_searched_solver import FlowMatching, SearchedSolver, SearchedSolverScheduler, VariancePreserving
 from diffusers_searched_solver.process import PREDICTION_TYPES, convert_prediction
-from search.rollout import rollout
+from search.pipeline.rollout import rollout
 
 
 # Seeded by the test's name, so that a run of the suite can be repeated.

@@ -15,7 +15,7 @@ import accelerate.tracking
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from search.progress import Finding, Progress
+from search.launch.progress import Finding, Progress
 from search.run import main
 
 

@@ -16,11 +16,11 @@ from markdown_it import MarkdownIt
 
 from diffusers_searched_solver import SearchedSolverScheduler, list_hub_solvers
 from diffusers_searched_solver.serialization import SOLVER_FILE
-from search.card import check_place, write_card
-from search.image_metrics import COLUMNS
-from search.loading import hub_repository
-from search.publish import FILES, PublishError, check_target, publish
-from search.publish import main as publish_main
+from search.measure.image_metrics import COLUMNS
+from search.pipeline.loading import hub_repository
+from search.results.card import check_place, write_card
+from search.results.publish import FILES, PublishError, check_target, publish
+from search.results.publish import main as publish_main
 from search.run import main, parse_arguments
 
 
@@ -356,6 +356,6 @@ def test_a_search_whose_upload_is_refused_leaves_all_and_fails(hub, tmp_path):
     )
     assert result.returncode != 0
     assert "error: The solver was not uploaded to 'org/unauthorised': Client error '401" in result.stderr
-    assert f"python -m search.publish {out} org/unauthorised" in result.stderr
+    assert f"python -m search.results.publish {out} org/unauthorised" in result.stderr
     assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == set(FILES)
     assert "org/unauthorised" not in hub.repos

@@ -11,10 +11,10 @@ from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from search.charts import LABEL_HEIGHT, Axis, Chart, Line
-from search.evaluate import is_diffusers_scheduler
-from search.images import SampleImages
-from search.report import write_report
+from search.measure.evaluate import is_diffusers_scheduler
+from search.results.charts import LABEL_HEIGHT, Axis, Chart, Line
+from search.results.images import SampleImages
+from search.results.report import write_report
 from search.run import main
 
 

@@ -6,9 +6,9 @@ import torch
 from fields import DIGITS, load
 
 from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePreserving, time_grid
-from search.gauss_newton import _neighbour
-from search.parameters import Entry, SolverFamily
-from search.rounding import rounding_error
+from search.fit.gauss_newton import _neighbour
+from search.fit.parameters import Entry, SolverFamily
+from search.pipeline.rounding import rounding_error
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,14 +18,15 @@ from diffusers_searched_solver.calls import build_conditions
 from diffusers_searched_solver.check import teacher_solver
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
 from search import find_solver, search_solver
-from search.evaluate import compare
-from search.field import NetworkCalls, PipelineField
-from search.loading import load_pipeline
-from search.parameters import SolverFamily
-from search.problem import EVALUATION_SEEDS, search_problem, split_seeds
-from search.rollout import Run, endpoint_errors, rollout, root_mean_square
-from search.strategy import default_calls, usual_calls
-from search.teacher import make_batches
+from search.fit.parameters import SolverFamily
+from search.fit.problem import search_problem
+from search.fit.strategy import default_calls, usual_calls
+from search.measure.evaluate import compare
+from search.pipeline.field import NetworkCalls, PipelineField
+from search.pipeline.loading import load_pipeline
+from search.pipeline.rollout import Run, endpoint_errors, rollout, root_mean_square
+from search.teacher.batches import make_batches
+from search.teacher.splits import EVALUATION_SEEDS, split_seeds
 
 
 ROOT = Path(__file__).parent.parent

@@ -10,13 +10,13 @@ from safetensors.torch import save
 
 from diffusers_searched_solver import SearchedSolver
 from search import search_solver
-from search.cache import TeacherCache
-from search.field import NetworkCalls
-from search.gauss_newton import gauss_newton_iteration
-from search.parameters import SolverFamily
-from search.rollout import root_mean_square
-from search.strategy import start_grids
-from search.teacher import make_batches
+from search.fit.gauss_newton import gauss_newton_iteration
+from search.fit.parameters import SolverFamily
+from search.fit.strategy import start_grids
+from search.pipeline.field import NetworkCalls
+from search.pipeline.rollout import root_mean_square
+from search.teacher.batches import make_batches
+from search.teacher.cache import TeacherCache
 
 
 CONDITIONS = [{"class_labels": [k], "guidance_scale": 1.0} for k in range(10)]

@@ -19,10 +19,10 @@ from diffusers_searched_solver import (
     solver_from_scheduler,
     time_grid,
 )
-from search.baselines import diffusers_schedulers, known_tables, run_scheduler
-from search.field import NetworkCalls, PipelineField
-from search.race import race_errors
-from search.rollout import Batch, rollout, sample_errors
+from search.known.baselines import diffusers_schedulers, known_tables, run_scheduler
+from search.known.race import race_errors
+from search.pipeline.field import NetworkCalls, PipelineField
+from search.pipeline.rollout import Batch, rollout, sample_errors
 
 
 CONFIGS = {

@@ -9,10 +9,10 @@ from diffusers import DiTPipeline
 
 from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePreserving, time_grid
 from diffusers_searched_solver.check import teacher_solver
-from search.field import NetworkCalls
-from search.rollout import Run, endpoint_errors, root_mean_square
-from search.teacher import make_batches
-from search.trajectory import Trajectory, compare_trajectories, teacher_trajectory, with_classical_coefficients
+from search.measure.trajectory import Trajectory, compare_trajectories, teacher_trajectory, with_classical_coefficients
+from search.pipeline.field import NetworkCalls
+from search.pipeline.rollout import Run, endpoint_errors, root_mean_square
+from search.teacher.batches import make_batches
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -17,10 +17,10 @@ import torch
 from shipped import PIPELINES, SEEDS, Benchmark, Records, markdown, search, spread
 
 from diffusers_searched_solver import SearchedSolver
-from search import gauss_newton, strategy
-from search.field import NetworkCalls
-from search.parameters import FRAME, Entry, SolverFamily
-from search.problem import Problem
+from search.fit import gauss_newton, strategy
+from search.fit.parameters import FRAME, Entry, SolverFamily
+from search.fit.problem import Problem
+from search.pipeline.field import NetworkCalls
 
 
 STEP_COUNTS = 5, 8

@@ -19,15 +19,16 @@ from diffusers.utils import logging
 from huggingface_hub import cached_assets_path
 from shipped import SEEDS, markdown
 
-from search.baselines import known_tables
-from search.cache import TeacherCache
-from search.contest import Contest
-from search.field import NetworkCalls
-from search.journal import Journal
-from search.problem import BATCH_SIZE, EVALUATION_SEEDS, TEACHER_STEPS, search_problem, split_seeds
-from search.race import table_errors
-from search.strategy import default_calls, fit_solver
-from search.teacher import make_batches
+from search.fit.problem import search_problem
+from search.fit.strategy import default_calls, fit_solver
+from search.known.baselines import known_tables
+from search.known.contest import Contest
+from search.known.race import table_errors
+from search.launch.journal import Journal
+from search.pipeline.field import NetworkCalls
+from search.teacher.batches import BATCH_SIZE, TEACHER_STEPS, make_batches
+from search.teacher.cache import TeacherCache
+from search.teacher.splits import EVALUATION_SEEDS, split_seeds
 
 
 STEP_COUNTS = 5, 8

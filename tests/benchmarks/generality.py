@@ -22,7 +22,7 @@ from shipped import EXAMPLES, HALVES, PIPELINES, SEEDS, Benchmark, Records, mark
 
 from diffusers_searched_solver import SearchedSolver, process_from_config
 from diffusers_searched_solver.check import teacher_solver
-from search.problem import TEACHER_STEPS
+from search.teacher.batches import TEACHER_STEPS
 
 
 sys.path.insert(0, str(EXAMPLES))

@@ -20,10 +20,10 @@ from rivals import choose_nodes, search_coefficients, search_times
 from shipped import PIPELINES, SEEDS, STEP_COUNTS, Benchmark, Records, markdown, search, spread
 
 from diffusers_searched_solver import process_from_config
-from search import gradient
-from search.differentiable_network import DifferentiableNetwork
-from search.gradient import PAPER_RECIPE, Recipe, fit_by_gradient, recipe_teacher
-from search.problem import TRAIN_SEEDS, split_seeds
+from search.gradient import recipe as gradient
+from search.gradient.differentiable_network import DifferentiableNetwork
+from search.gradient.recipe import PAPER_RECIPE, Recipe, fit_by_gradient, recipe_teacher
+from search.teacher.splits import TRAIN_SEEDS, split_seeds
 
 
 RIVAL_STEP_COUNTS = 5, 8

@@ -12,12 +12,7 @@ from huggingface_hub import cached_assets_path
 
 from diffusers_searched_solver import SearchedSolver, process_from_config
 from diffusers_searched_solver.calls import build_conditions
-from search.baselines import classical_solvers, diffusers_schedulers, run_scheduler
-from search.cache import TeacherCache
-from search.field import NetworkCalls
-from search.journal import Journal
-from search.loading import load_pipeline
-from search.problem import (
+from search.fit.problem import (
     BATCH_SIZE,
     EVALUATION_SEEDS,
     TEACHER_STEPS,
@@ -26,9 +21,14 @@ from search.problem import (
     search_problem,
     split_seeds,
 )
-from search.rollout import Batch, endpoint_errors, root_mean_square, sample_errors
-from search.strategy import default_calls, fit_solver
-from search.teacher import make_batches
+from search.fit.strategy import default_calls, fit_solver
+from search.known.baselines import classical_solvers, diffusers_schedulers, run_scheduler
+from search.launch.journal import Journal
+from search.pipeline.field import NetworkCalls
+from search.pipeline.loading import load_pipeline
+from search.pipeline.rollout import Batch, endpoint_errors, root_mean_square, sample_errors
+from search.teacher.batches import make_batches
+from search.teacher.cache import TeacherCache
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -10,10 +10,10 @@ from rivals import CoefficientsFamily, TimesFamily, cheapest_path, euler_costs
 from shipped import EXAMPLES
 
 from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePreserving, time_grid
-from search.field import NetworkCalls, PipelineField
-from search.loading import load_pipeline
-from search.parameters import FRAME, ORDER, SolverFamily
-from search.rollout import Run, rollout
+from search.fit.parameters import FRAME, ORDER, SolverFamily
+from search.pipeline.field import NetworkCalls, PipelineField
+from search.pipeline.loading import load_pipeline
+from search.pipeline.rollout import Run, rollout
 
 
 N = 4

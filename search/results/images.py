@@ -12,9 +12,9 @@ from tqdm import tqdm
 from diffusers_searched_solver import SearchedSolverScheduler
 from diffusers_searched_solver.check import teacher_solver
 
-from .baselines import diffusers_schedulers
-from .evaluate import is_diffusers_scheduler
-from .processes import quiet
+from ..known.baselines import diffusers_schedulers
+from ..launch.processes import quiet
+from ..measure.evaluate import is_diffusers_scheduler
 
 
 MIN_TILE = 64

@@ -8,9 +8,9 @@ import torch
 
 from diffusers_searched_solver import SearchedSolver
 
+from ..launch.processes import gather
+from ..pipeline.rollout import Batch, Run, rollout
 from .parameters import Entry, SolverFamily
-from .processes import gather
-from .rollout import Batch, Run, rollout
 
 
 # Of the first step that is tried. Where others judge, it begins with a cautious one: what few samples do not determine

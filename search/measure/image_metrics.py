@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from diffusers_searched_solver import SearchedSolver
 
+from ..launch.processes import gather, quiet, share
+from ..pipeline.field import FieldError, NetworkCalls, PipelineField
+from ..pipeline.rollout import Batch, rollout
+from ..teacher.batches import count_batches, stream_batches
+from ..teacher.splits import EVALUATION_SEEDS, split_seeds
 from .feature_network import FeatureNetwork
-from .field import FieldError, NetworkCalls, PipelineField
 from .metrics import MIN_IMAGES, distribution_metrics, inception_score, similarity
-from .problem import EVALUATION_SEEDS, split_seeds
-from .processes import gather, quiet, share
-from .rollout import Batch, rollout
-from .teacher import count_batches, stream_batches
 
 
 COLUMNS = {

@@ -8,8 +8,8 @@ import torch
 
 from diffusers_searched_solver import SearchedSolver
 
+from ..launch.processes import gather
 from .field import PipelineField
-from .processes import gather
 
 
 @dataclass(frozen=True)

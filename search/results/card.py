@@ -14,8 +14,8 @@ from diffusers_searched_solver import pipelines
 from diffusers_searched_solver.hub import TAG
 from diffusers_searched_solver.serialization import write_whole
 
-from .evaluate import is_diffusers_scheduler
-from .image_metrics import COLUMNS, columns_of
+from ..measure.evaluate import is_diffusers_scheduler
+from ..measure.image_metrics import COLUMNS, columns_of
 
 
 TEMPLATE = "card_template.md"

@@ -8,12 +8,12 @@ import torch
 
 from diffusers_searched_solver import SearchedSolver
 
+from ..launch.processes import gather
+from ..pipeline.field import PipelineField
+from ..pipeline.rollout import Batch, Run, rollout, sample_errors
+from ..teacher.noises import Noises
 from .baselines import KnownTable
 from .contest import score
-from .field import PipelineField
-from .noises import Noises
-from .processes import gather
-from .rollout import Batch, Run, rollout, sample_errors
 
 
 # Noises in all, and the share of the tables that are still in the race on them.

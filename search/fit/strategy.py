@@ -11,17 +11,18 @@ from diffusers import DiffusionPipeline
 from diffusers_searched_solver import NoiseProcess, SearchedSolver, SolverFile, time_grid
 from diffusers_searched_solver.scheduler import SearchedSolverScheduler
 
-from .baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, at_other_steps, in_one_kind, known_tables
-from .contest import Contest, score
-from .field import NetworkCalls
+from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, at_other_steps, in_one_kind, known_tables
+from ..known.contest import Contest, score
+from ..known.race import RUNGS, Standing, best_of_families, gathered_weights, race
+from ..launch.journal import Journal
+from ..launch.progress import Finding
+from ..pipeline.field import NetworkCalls
+from ..pipeline.rollout import Batch, endpoint_errors, rollout, sample_errors
+from ..teacher.batches import BATCH_SIZE, TEACHER_STEPS
+from ..teacher.noises import Weights, portion_end
 from .gauss_newton import gauss_newton_iteration
-from .journal import Journal
-from .noises import Weights, portion_end
 from .parameters import FRAME, ORDER, SolverFamily
-from .problem import BATCH_SIZE, TEACHER_STEPS, Problem, search_problem
-from .progress import Finding
-from .race import RUNGS, Standing, best_of_families, gathered_weights, race
-from .rollout import Batch, endpoint_errors, rollout, sample_errors
+from .problem import Problem, search_problem
 
 
 # Network calls of a search, and what more for each step of the solver times their number: a Jacobian has about as many

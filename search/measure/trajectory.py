@@ -6,7 +6,7 @@ import torch
 from diffusers_searched_solver import SearchedSolver
 from diffusers_searched_solver.check import teacher_solver
 
-from .rollout import Batch, Run, rollout, root_mean_square, sample_errors
+from ..pipeline.rollout import Batch, Run, rollout, root_mean_square, sample_errors
 
 
 # Of the classical coefficients that a searched solver's are shown beside.

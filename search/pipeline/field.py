@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from ..launch.network_calls import NetworkCalls
 from .hand_out import FieldError, HandOutScheduler
-from .network_calls import NetworkCalls
 
 
 __all__ = ["FieldError", "NetworkCalls", "PipelineField", "describe", "merge_conditions"]

@@ -1,7 +1,7 @@
 """
 Upload a finished search to the Hub.
 
-    python -m search.publish OUT org/name
+    python -m search.results.publish OUT org/name
 
 OUT is what `search/run.py` wrote; with --push-to-hub it uploads it itself. A repository that exists is updated.
 """

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver import process_from_config
 
-from .field import FieldError, NetworkCalls, PipelineField, merge_conditions
-from .teacher import pipeline_calls
+from ..pipeline.field import FieldError, NetworkCalls, PipelineField, merge_conditions
+from ..teacher.batches import pipeline_calls
 
 
 logger = logging.getLogger(__name__)

@@ -33,11 +33,11 @@ import torch.nn.functional as F
 from diffusers_searched_solver import NoiseProcess, SearchedSolver
 from diffusers_searched_solver.solver import tensor_step
 
+from ..launch.processes import gather, share
+from ..pipeline.field import PipelineField
+from ..pipeline.rollout import rollout
 from .consistent_family import ConsistentFamily
 from .differentiable_network import DifferentiableNetwork
-from .field import PipelineField
-from .processes import gather, share
-from .rollout import rollout
 
 
 BETAS = 0.9, 0.99

@@ -10,14 +10,18 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver.check import teacher_solver
 
+from ..launch.processes import share
+from ..pipeline.field import FieldError, NetworkCalls, PipelineField, describe, merge_conditions
+from ..pipeline.rollout import Batch
 from .cache import TeacherCache
-from .field import FieldError, NetworkCalls, PipelineField, describe, merge_conditions
-from .processes import share
-from .rollout import Batch
 
 
 logger = logging.getLogger(__name__)
 
+# Steps of the teacher to begin with, and the share of the best rival's error that its own may be.
+TEACHER_STEPS, TEACHER_SHARE = 64, 0.1
+# Samples of one pipeline call.
+BATCH_SIZE = 4
 NO_CACHE = TeacherCache()
 Samples = Sequence[tuple[Mapping, int]]
 T = TypeVar("T")

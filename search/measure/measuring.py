@@ -10,18 +10,18 @@ from diffusers import DiffusionPipeline
 from diffusers_searched_solver import SearchedSolver
 from diffusers_searched_solver.check import teacher_solver
 
-from .baselines import CLASSICAL, KnownTable, known_tables
-from .cache import TeacherCache
+from ..known.baselines import CLASSICAL, KnownTable, known_tables
+from ..known.race import best_of_families, race
+from ..launch.progress import IMAGES, MEASURING, Progress
+from ..pipeline.field import NetworkCalls
+from ..pipeline.rollout import Batch, rollout, root_mean_square, sample_errors
+from ..teacher.batches import TEACHER_SHARE, make_batches
+from ..teacher.cache import TeacherCache
+from ..teacher.noises import portion_end
+from ..teacher.splits import EVALUATION_SEEDS, TUNING_SEEDS, make_noises, split_seeds
 from .evaluate import SEARCHED, compare, format_table, samplers
 from .feature_network import FeatureNetwork
-from .field import NetworkCalls
 from .image_metrics import COLUMNS, format_metrics, measure_images
-from .noises import portion_end
-from .problem import EVALUATION_SEEDS, TEACHER_SHARE, TUNING_SEEDS, make_noises, split_seeds
-from .progress import IMAGES, MEASURING, Progress
-from .race import best_of_families, race
-from .rollout import Batch, rollout, root_mean_square, sample_errors
-from .teacher import make_batches
 from .trajectory import compare_trajectories, teacher_trajectory
 
 

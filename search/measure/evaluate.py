@@ -7,11 +7,11 @@ import torch
 
 from diffusers_searched_solver import SearchedSolver
 
-from .baselines import CLASSICAL, KnownTable
-from .contest import Contest, interval, resampled_means
-from .processes import gather
-from .race import race_errors
-from .rollout import Batch, root_mean_square
+from ..known.baselines import CLASSICAL, KnownTable
+from ..known.contest import Contest, interval, resampled_means
+from ..known.race import race_errors
+from ..launch.processes import gather
+from ..pipeline.rollout import Batch, root_mean_square
 
 
 SEARCHED = "searched"

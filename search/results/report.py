@@ -14,11 +14,11 @@ from PIL import Image
 from diffusers_searched_solver import NoiseProcess, SearchedSolver, load_solver_file
 from diffusers_searched_solver.serialization import SOLVER_FILE
 
+from ..measure.evaluate import is_diffusers_scheduler
+from ..measure.image_metrics import COLUMNS
+from ..measure.trajectory import CLASSICAL_ORDER, with_classical_coefficients
 from .charts import Axis, Chart, Line
-from .evaluate import is_diffusers_scheduler
-from .image_metrics import COLUMNS
 from .images import ERROR_GAIN, SampleImages, error_images
-from .trajectory import CLASSICAL_ORDER, with_classical_coefficients
 
 
 TEMPLATE = "report_template.html"

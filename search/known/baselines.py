@@ -25,7 +25,7 @@ from diffusers_searched_solver import (
 )
 from diffusers_searched_solver.process import prediction_type_from_config
 
-from .field import PipelineField
+from ..pipeline.field import PipelineField
 
 
 logger = logging.getLogger(__name__)

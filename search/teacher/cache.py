@@ -11,9 +11,9 @@ from safetensors.torch import save
 from diffusers_searched_solver import SearchedSolver
 from diffusers_searched_solver.serialization import write_whole
 
-from .field import PipelineField
-from .network_calls import NetworkCalls
-from .rollout import rollout
+from ..launch.network_calls import NetworkCalls
+from ..pipeline.field import PipelineField
+from ..pipeline.rollout import rollout
 
 
 logger = logging.getLogger(__name__)

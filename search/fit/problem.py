@@ -19,34 +19,30 @@ from diffusers_searched_solver import (
 )
 from diffusers_searched_solver.check import teacher_solver
 
-from .baselines import diffusers_schedulers
-from .cache import TeacherCache
-from .field import NetworkCalls, PipelineField
-from .noises import Noises
+from ..known.baselines import diffusers_schedulers
+from ..known.race import FirstPredictions
+from ..launch.processes import agree, everyone, gather, share, total
+from ..pipeline.field import NetworkCalls, PipelineField
+from ..pipeline.rollout import endpoint_errors, rollout, root_mean_square, sample_errors
+from ..pipeline.rounding import rounding_error
+from ..teacher.batches import NO_CACHE, TEACHER_SHARE, Samples, in_parts, merged, pipeline_calls
+from ..teacher.cache import TeacherCache
+from ..teacher.noises import Noises
+from ..teacher.splits import JUDGING_SEEDS, TRAIN_SEEDS, make_noises, split_seeds
 from .parameters import FRAME
-from .processes import agree, everyone, gather, share, total
-from .race import FirstPredictions
-from .rollout import Batch, endpoint_errors, rollout, root_mean_square, sample_errors
-from .rounding import rounding_error
-from .teacher import NO_CACHE, Samples, in_parts, make_batches, merged, pipeline_calls
 
 
 logger = logging.getLogger(__name__)
 
-# Where each split's seeds begin, so that none has a sample of another.
-TRAIN_SEEDS, JUDGING_SEEDS, TUNING_SEEDS, EVALUATION_SEEDS = 0, 10**6, 2 * 10**6, 3 * 10**6
-TEACHER_STEPS, MOST_TEACHER_STEPS = 64, 1024
-BATCH_SIZE = 4
-# The noises on which the teacher is tried, and the share of the best rival's error that its own may be.
+MOST_TEACHER_STEPS = 1024
+# The noises on which the teacher is tried.
 TEACHER_NOISES = 4
-TEACHER_SHARE = 0.1
 # Noises that are looked at to see whether a few are much harder than others; if so, as many are screened of every
 # split, and one in HARD of these is of the hard ones. A sample is heavy if it has no more spread than this share of as
 # many equal ones would have. Then there are more noises and calls, and even more noises that judge.
 FEW, SCREENED, HARD, HEAVY = 32, 64, 8, 0.55
 SCREENING_FAMILIES, SCREENING_STEPS = ("UniPC 3", "DPM-Solver++(2M)"), 4
 HEAVY_FACTOR, HEAVY_JUDGES = 2, 2
-MOST_NOISES = 4096
 # What halving the steps of a method of third order multiplies its error with, less one: that is in the difference.
 HALVED = 2**3 - 1
 
@@ -181,41 +177,6 @@ def search_problem(
     )
 
 
-def make_noises(
-    pipe: DiffusionPipeline,
-    conditions: Sequence[Mapping],
-    seed: int,
-    split: int,
-    teacher_steps: int,
-    batch_size: int,
-    calls: NetworkCalls,
-    cache: TeacherCache = NO_CACHE,
-    order: Sequence[int] = (),
-    strata: Mapping[int, float] = {},  # noqa: B006
-) -> Noises:
-    """
-    The noises of a split.
-
-    Args:
-        order: Seeds that come first; the others of the split follow.
-        strata: As in `Noises`.
-    """
-    seeds = [*order, *split_seeds(seed, split, MOST_NOISES)[len(order) :]]
-
-    def make(start: int, stop: int, first: int) -> tuple[list[Batch], int]:
-        turned = _turned(conditions, seeds[start:stop], seed, split)
-        count = len(pipeline_calls(turned, seeds[start:stop], batch_size))
-        return make_batches(pipe, turned, seeds[start:stop], batch_size, teacher_steps, calls, cache, first), count
-
-    return Noises(make, lambda: calls.count, seeds.__getitem__, strata)
-
-
-def _turned(conditions: Sequence[Mapping], seeds: Sequence[int], seed: int, split: int) -> list[Mapping]:
-    """The condition of each noise: they are used in turn, whatever order the noises come in."""
-    first = split_seeds(seed, split, 1)[0]
-    return [conditions[(each - first) % len(conditions)] for each in seeds]
-
-
 def _disagreements(
     pipe: DiffusionPipeline, conditions: Sequence[Mapping], seeds: Sequence[int], batch_size: int, calls: NetworkCalls
 ) -> list[float]:
@@ -295,8 +256,3 @@ def _best_rival(train: Noises, process: NoiseProcess, num_steps: int) -> float:
 def _digest(*tensors: torch.Tensor) -> str:
     content = b"".join(tensor.cpu().float().numpy().tobytes() for tensor in tensors)
     return hashlib.sha256(content).hexdigest()
-
-
-def split_seeds(seed: int, split: int, count: int) -> list[int]:
-    """Seeds of one split's samples."""
-    return [seed * 10**7 + split + k for k in range(count)]

@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, SolverFile
 
+from ..teacher.splits import EVALUATION_SEEDS, split_seeds
 from .card import IMAGES, write_card
 from .images import SampleImages, draw_samples, image_grid
-from .problem import EVALUATION_SEEDS, split_seeds
 from .report import write_report
 
 

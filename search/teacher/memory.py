@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from diffusers import DiffusionPipeline
 
-from .network_calls import NetworkCalls
-from .teacher import make_batches
+from ..launch.network_calls import NetworkCalls
+from .batches import make_batches
 
 
 def inference_memory(pipe: DiffusionPipeline, condition: Mapping, batch_size: int) -> float:

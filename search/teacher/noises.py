@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from .processes import total
-from .rollout import Batch
+from ..launch.processes import total
+from ..pipeline.rollout import Batch
 
 
 # Noises are made in portions that end at these numbers, and then at every GROWTH more.

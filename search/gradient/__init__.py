@@ -1,0 +1,1 @@
+"""The paper's recipe, which needs the network's gradient."""

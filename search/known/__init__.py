@@ -1,0 +1,1 @@
+"""What was known before a search: diffusers' schedulers and classical tables, and their race."""

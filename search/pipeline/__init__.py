@@ -1,0 +1,1 @@
+"""A diffusers pipeline as a function of state and time, and runs of solvers over it."""

@@ -1,0 +1,56 @@
+"""The splits of a search's noises: to fit, to judge, to tune and to measure, so that none has a sample of another."""
+
+from collections.abc import Mapping, Sequence
+
+from diffusers import DiffusionPipeline
+
+from ..launch.network_calls import NetworkCalls
+from ..pipeline.rollout import Batch
+from .batches import NO_CACHE, make_batches, pipeline_calls
+from .cache import TeacherCache
+from .noises import Noises
+
+
+# Where each split's seeds begin.
+TRAIN_SEEDS, JUDGING_SEEDS, TUNING_SEEDS, EVALUATION_SEEDS = 0, 10**6, 2 * 10**6, 3 * 10**6
+MOST_NOISES = 4096
+
+
+def split_seeds(seed: int, split: int, count: int) -> list[int]:
+    """Seeds of one split's samples."""
+    return [seed * 10**7 + split + k for k in range(count)]
+
+
+def make_noises(
+    pipe: DiffusionPipeline,
+    conditions: Sequence[Mapping],
+    seed: int,
+    split: int,
+    teacher_steps: int,
+    batch_size: int,
+    calls: NetworkCalls,
+    cache: TeacherCache = NO_CACHE,
+    order: Sequence[int] = (),
+    strata: Mapping[int, float] = {},  # noqa: B006
+) -> Noises:
+    """
+    The noises of a split.
+
+    Args:
+        order: Seeds that come first; the others of the split follow.
+        strata: As in `Noises`.
+    """
+    seeds = [*order, *split_seeds(seed, split, MOST_NOISES)[len(order) :]]
+
+    def make(start: int, stop: int, first: int) -> tuple[list[Batch], int]:
+        turned = _turned(conditions, seeds[start:stop], seed, split)
+        count = len(pipeline_calls(turned, seeds[start:stop], batch_size))
+        return make_batches(pipe, turned, seeds[start:stop], batch_size, teacher_steps, calls, cache, first), count
+
+    return Noises(make, lambda: calls.count, seeds.__getitem__, strata)
+
+
+def _turned(conditions: Sequence[Mapping], seeds: Sequence[int], seed: int, split: int) -> list[Mapping]:
+    """The condition of each noise: they are used in turn, whatever order the noises come in."""
+    first = split_seeds(seed, split, 1)[0]
+    return [conditions[(each - first) % len(conditions)] for each in seeds]
