@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffusers_searched_solver import SearchedSolverScheduler
-from diffusers_searched_solver.process import process_from_json, process_to_json
+from diffusers_searched_solver.configs import process_from_json, process_to_json
 
 
 SCHEDULERS = [

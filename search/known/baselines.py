@@ -23,7 +23,7 @@ from diffusers_searched_solver import (
     solver_from_scheduler,
     time_grid,
 )
-from diffusers_searched_solver.process import prediction_type_from_config
+from diffusers_searched_solver.configs import prediction_type_from_config
 
 from ..pipeline.field import PipelineField
 

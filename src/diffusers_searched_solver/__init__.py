@@ -4,9 +4,11 @@
 from diffusers import SchedulerMixin
 
 from .check import Comparison, check_solver
+from .configs import process_from_config
+from .grids import time_grid
 from .hub import list_hub_solvers
 from .loading import list_bundled_solvers
-from .process import FlowMatching, NoiseProcess, VariancePreserving, process_from_config, time_grid
+from .process import FlowMatching, NoiseProcess, VariancePreserving
 from .scheduler import SearchedSolverScheduler
 from .serialization import SolverFile, SolverFileError, load_solver_file, save_solver_file
 from .solver import SearchedSolver, tensor_step

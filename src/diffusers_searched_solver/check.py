@@ -11,7 +11,8 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 
-from .process import NoiseProcess, log_snr_grid, time_grid
+from .grids import log_snr_grid, time_grid
+from .process import NoiseProcess
 from .scheduler import SearchedSolverScheduler
 from .serialization import SolverFile
 from .solver import SearchedSolver
@@ -93,8 +94,7 @@ def check_solver(
     searched = SearchedSolverScheduler.from_config(own.config, solver=solver)
     teacher = teacher_solver(searched.process, REFERENCE_STEPS)
     reference = SearchedSolverScheduler.from_config(own.config, solver=teacher)
-    errors = {count: ([], []) for count in num_steps or solver.step_counts}
-    for count in errors:
+    for count in (errors := {count: ([], []) for count in num_steps or solver.step_counts}):
         searched.set_timesteps(count)  # Raises early if there is none.
     for seed, call in enumerate(calls):
         target = _end(pipe, reference, call, REFERENCE_STEPS, seed, on_step)

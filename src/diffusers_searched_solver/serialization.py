@@ -12,7 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .process import PREDICTION_TYPES, NoiseProcess, process_from_json, process_to_json
+from .configs import process_from_json, process_to_json
+from .process import PREDICTION_TYPES, NoiseProcess
 from .solver import SearchedSolver
 
 

@@ -8,13 +8,8 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
-from .process import (
-    FRAME_PREDICTIONS,
-    NoiseProcess,
-    convert_prediction,
-    prediction_type_from_config,
-    process_from_config,
-)
+from .configs import prediction_type_from_config, process_from_config
+from .process import FRAME_PREDICTIONS, NoiseProcess, convert_prediction
 from .solver import SearchedSolver
 
 

@@ -10,8 +10,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..configs import process_from_config
 from ..models import FlowDCNTransformer2DModel, SiTTransformer2DModel
-from ..process import process_from_config
 
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 
-from .serialization import SolverFile
-from .solver import SearchedSolver
+from ..serialization import SolverFile
+from ..solver import SearchedSolver
 
 
 MAX_LENGTH = 400

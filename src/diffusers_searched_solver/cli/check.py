@@ -11,9 +11,9 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.utils import tqdm
 
-from .calls import build_conditions, pipeline_class
-from .check import MIN_SAMPLES, REFERENCE_STEPS, Comparison, check_solver, count_steps
-from .serialization import SolverFile
+from ..calls import build_conditions, pipeline_class
+from ..check import MIN_SAMPLES, REFERENCE_STEPS, Comparison, check_solver, count_steps
+from ..serialization import SolverFile
 
 
 DTYPES = ("float32", "float16", "bfloat16")

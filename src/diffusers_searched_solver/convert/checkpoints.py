@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .models import FlowDCNTransformer2DModel, SiTTransformer2DModel
-from .models.sit_transformer_2d import _position_table
+from ..models import FlowDCNTransformer2DModel, SiTTransformer2DModel
+from ..models.sit_transformer_2d import _position_table
 
 
 # The only hyper-parameter of SiT and DiT that no shape tells: heads by width, in all published sizes.

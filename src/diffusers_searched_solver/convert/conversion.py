@@ -1,16 +1,8 @@
-"""
-Turn a checkpoint of SiT, DiT or FlowDCN into a pipeline folder.
+"""From a checkpoint of SiT, DiT or FlowDCN to a pipeline's folder."""
 
-    python -m diffusers_searched_solver.convert --model sit --checkpoint SiT-XL-2-256.pt --output SiT-XL-2-256
-
-The folder is what `ClassToImagePipeline.from_pretrained` loads, and `search/run.py --pipeline` takes.
-"""
-
-import argparse
 import json
 import math
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,10 +10,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub.utils import tqdm
 
+from ..models import FlowDCNTransformer2DModel, SiTTransformer2DModel
+from ..models.sit_transformer_2d import _position_table
+from ..pipelines import ClassToImagePipeline
 from .checkpoints import check_names, empty_network, read_checkpoint
-from .models import FlowDCNTransformer2DModel, SiTTransformer2DModel
-from .models.sit_transformer_2d import _position_table
-from .pipelines import ClassToImagePipeline
 
 
 MODELS = ("sit", "dit", "flowdcn")
@@ -170,49 +162,3 @@ def _write(folder: Path, transformer, model: str, vae: str | None, id2label: dic
         transformer, scheduler, autoencoder, id2label, guidance_channels=None if model == "flowdcn" else 3
     )
     pipe.save_config(folder)
-
-
-def add_arguments(parser: argparse.ArgumentParser):
-    """The arguments of `convert`, on any command line."""
-    add = parser.add_argument
-    add("--model", required=True, choices=MODELS, help="whose weights they are")
-    add("--checkpoint", required=True, help="a file, or a folder in diffusers' layout")
-    add("--output", required=True, help="the pipeline folder to write")
-    add(
-        "--vae",
-        type=_or_none,
-        default=VAE,
-        help=f"folder or Hub repository of the autoencoder, or none (default: {VAE})",
-    )
-    add(
-        "--labels",
-        type=_or_none,
-        default=LABELS,
-        help=f"JSON file, or pipeline with the names, or none (default: {LABELS})",
-    )
-    add("--num-heads", type=int, help="attention heads, for a width that is none of the published ones")
-    add("--sample-size", type=int, help=f"FlowDCN's latent size (default: {FLOWDCN_SAMPLE_SIZE}; 64 for 512 pixels)")
-
-
-def main(arguments: list[str] | None = None):
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    try:
-        run(**vars(parser.parse_args(arguments)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-def run(output: str, **arguments):
-    """Convert, and say how to load the result."""
-    convert(output=output, **arguments)
-    print(f"Wrote '{output}'. Load it with `ClassToImagePipeline.from_pretrained({output!r})`.")
-
-
-def _or_none(name: str) -> str | None:
-    return None if name == "none" else name
-
-
-if __name__ == "__main__":
-    main()

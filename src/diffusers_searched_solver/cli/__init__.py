@@ -1,0 +1,80 @@
+"""The command `searched-solver`: list, show and compare solvers, check one on a pipeline, convert checkpoints."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+from .. import convert
+from . import check as check_command
+from .solvers import SOLVER, compare, list_solvers, load, show, table_of, tabulate
+from .terminal import printable
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    The command line.
+
+    Returns:
+        `int`: The exit status, 2 after an error.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="searched-solver", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(run: Callable[[argparse.Namespace], int | None], name: str, title: str, **texts):
+        texts = {"help": title, "description": f"{title[0].upper()}{title[1:]}.", **texts}
+        added = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
+        added.set_defaults(run=run)
+        return added
+
+    add = command(
+        list_solvers, "list", "list the solvers that come with the package, or those on the Hub"
+    ).add_argument
+    add("--hub", nargs="?", const="", metavar="MODEL", help="those on the Hub, all or for one model (org/name)")
+
+    add = command(show, "show", "show a solver's tables and where they come from").add_argument
+    add("name", help=SOLVER)
+    add("--num-steps", type=int, nargs="+", help="the tables to show (default: all)")
+
+    add = command(compare, "compare", "show two solvers side by side").add_argument
+    add("first", help=SOLVER)
+    add("second", help="the same")
+    add("--num-steps", type=int, nargs="+", help="the tables to show (default: those that both have)")
+
+    add = command(tabulate, "tabulate", "write a diffusers scheduler's tables as a solver").add_argument
+    add("source", help="a pipeline or a scheduler: a folder or a Hub repository")
+    add(
+        "--scheduler", metavar="CLASS", help="another of diffusers' schedulers for it, such as UniPCMultistepScheduler"
+    )
+    add("--config", type=json.loads, default={}, help="config entries to change, as JSON")
+    add("--num-steps", type=int, nargs="+", required=True, help="the step counts to write")
+    add("--mu", type=float, help="what the pipeline passes to a scheduler with dynamic shifting")
+    add("--output", required=True, metavar="FOLDER", help="what `from_pretrained` then loads")
+
+    texts = {"description": check_command.DESCRIPTION, "epilog": check_command.EPILOG}
+    check = command(_check, "check", "measure whether a solver is good for your pipeline", **texts)
+    check.add_argument("name", help=SOLVER)
+    check_command.add_arguments(check)
+
+    convert.add_arguments(command(_convert, "convert", "turn a checkpoint of SiT, DiT or FlowDCN into a pipeline"))
+    return parser
+
+
+def _check(options: argparse.Namespace) -> int:
+    file = load(options.name)
+    for count in options.num_steps or ():
+        table_of(options.name, file, count)  # Raises before a pipeline is downloaded.
+    return check_command.run(file, options)
+
+
+def _convert(options: argparse.Namespace):
+    convert.run(**{key: value for key, value in vars(options).items() if key != "run"})

@@ -1,0 +1,6 @@
+"""`python -m diffusers_searched_solver.convert`."""
+
+from . import main
+
+
+main()

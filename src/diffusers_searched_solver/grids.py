@@ -1,0 +1,53 @@
+"""Grids: nodes that are chosen by a formula."""
+
+import numpy as np
+
+from .process import NoiseProcess, VariancePreserving
+
+
+def time_grid(
+    process: NoiseProcess, num_steps: int, shift: float = 1.0, start: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Nodes uniform in time, then shifted towards the noise (shift > 1) or the data (shift < 1).
+
+        t = start * max_timestep * shift * u / (1 + (shift - 1) * u),   u = 1, 1 - 1/N, ..., 1/N
+
+    and the last node is the data.
+
+    Args:
+        num_steps (`int`): N, at least 1.
+        shift (`float`): Positive; 1 is the uniform grid.
+        start (`float`): Where to begin, as a share of `max_timestep`. A variance-preserving process is nearly pure
+            noise long before its end, and steps spent there are lost.
+
+    Returns:
+        `timesteps` (N), `alphas` (N+1), `sigmas` (N+1), float64.
+
+    Raises:
+        ValueError: If `shift` is not positive.
+    """
+    if not shift > 0:
+        raise ValueError(f"`shift` is {shift}, expected a positive number.")
+    u = 1 - np.arange(num_steps) / num_steps
+    return _grid_on(process, process.max_timestep * start * np.minimum(shift * u / (1 + (shift - 1) * u), 1))
+
+
+def log_snr_grid(process: VariancePreserving, num_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Nodes uniform in log(alpha / sigma) from the noisiest to the cleanest timestep of a process; the last is the data.
+
+    Args:
+        num_steps (`int`): N, at least 2.
+
+    Returns:
+        `timesteps` (N), `alphas` (N+1), `sigmas` (N+1), float64.
+    """
+    alphas, sigmas = process.alpha_sigma([process.max_timestep, 0.0])
+    log_ratios = np.linspace(*np.log(alphas / sigmas), num_steps)
+    return _grid_on(process, process.timesteps(np.exp(log_ratios), np.ones(num_steps)))
+
+
+def _grid_on(process: NoiseProcess, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    alphas, sigmas = process.alpha_sigma(timesteps)
+    return timesteps, np.append(alphas, 1.0), np.append(sigmas, 0.0)

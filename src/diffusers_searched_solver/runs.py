@@ -1,0 +1,83 @@
+"""A run of a solver under a scheduler: where it stands, and the predictions so far."""
+
+import math
+import threading
+
+import torch
+
+from .solver import SearchedSolver
+
+
+class Run:
+    """
+    A run of a solver from `set_timesteps` on. A step that has begun touches its own run alone, whatever other threads
+    begin meanwhile.
+
+    Attributes:
+        thread (`int`): Which began it.
+        step_index (`int`, *optional*): The step that comes next; None before the first.
+        history (`list[torch.Tensor]`): The predictions so far.
+    """
+
+    def __init__(self, solver: SearchedSolver, timesteps: torch.Tensor):
+        self.solver, self._timesteps, self.thread = solver, timesteps, threading.get_ident()
+        self.step_index: int | None = None
+        self.history: list[torch.Tensor] = []
+
+    def place(self, timestep) -> int | None:
+        """Which element of the schedule's tensor a timestep is, if it is that itself and not a copy."""
+        if not torch.is_tensor(timestep) or timestep.ndim:
+            return None
+        same = timestep.untyped_storage().data_ptr() == self._timesteps.untyped_storage().data_ptr()
+        return timestep.storage_offset() if same else None
+
+    def check_thread(self):
+        """Refuse what another thread than the run's own does in it."""
+        if self.thread != threading.get_ident():
+            raise RuntimeError(
+                "Another thread has begun a run with this scheduler, which holds the predictions of one. Give each "
+                "thread a pipeline of its own, with a copy of the scheduler (`copy.deepcopy`)."
+            )
+
+    def index_of(self, timestep: float | torch.Tensor) -> int:
+        """
+        The step whose timestep is nearest to `timestep`.
+
+        Raises:
+            ValueError: If it is not a number.
+        """
+        place = self.place(timestep)
+        if place is not None:
+            return place
+        if math.isnan(timestep):
+            raise ValueError("`timestep` is nan, expected an element of `timesteps`.")
+        return int(abs(self.solver.timesteps - float(timestep)).argmin())
+
+    def due(self, timestep: float | torch.Tensor, begin_index: int | None) -> int:
+        """
+        The index of the step that is due.
+
+        Args:
+            timestep: What `step` was called with.
+            begin_index: Where the run starts, if a pipeline has said so.
+
+        Raises:
+            RuntimeError: If another step is asked for than is due, none is, or another thread asks.
+        """
+        place = self.place(timestep)
+        if place is None:
+            self.check_thread()
+        index, num_steps = self.step_index, self.solver.num_steps
+        if index is None:
+            return self.index_of(timestep) if begin_index is None else begin_index
+        if index >= num_steps:
+            raise RuntimeError(
+                f"`step` was called {index + 1} times in a run of {num_steps} steps. Call `set_timesteps` to begin "
+                "another run."
+            )
+        if place is not None and place != index:
+            raise RuntimeError(
+                f"`step` was called with timestep {place} of the schedule where timestep {index} is due: each step "
+                "needs the predictions of those before. Call `set_timesteps` to begin another run."
+            )
+        return index

@@ -1,0 +1,124 @@
+"""Schedules: which table runs, from what a pipeline asks for."""
+
+import inspect
+import math
+import operator
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from .grids import time_grid
+from .process import NoiseProcess
+from .serialization import SolverFile
+from .solver import SearchedSolver
+
+
+Schedule = Sequence[float] | np.ndarray | torch.Tensor
+
+
+def steps_asked_for(
+    num_inference_steps: int | None, timesteps: Schedule | None, sigmas: Schedule | None
+) -> int | None:
+    """
+    The number of steps whose nodes a pipeline leaves to the scheduler, or None if it passes a schedule of its own.
+
+    Raises:
+        ValueError: If there is neither, or the number is none.
+        TypeError: If it is not a whole number.
+    """
+    is_default = timesteps is None and sigmas is not None and _is_default_grid(sigmas)
+    num_steps = len(sigmas) if is_default else num_inference_steps
+    if num_steps is not None and operator.index(num_steps) < 1:
+        raise ValueError(f"`num_inference_steps` is {num_steps}, expected at least 1.")
+    if not is_default and (timesteps is not None or sigmas is not None):
+        return None
+    if num_steps is None:
+        raise ValueError("`set_timesteps` needs one of `num_inference_steps`, `timesteps` and `sigmas`, found none.")
+    return num_steps
+
+
+def searched_table(file: SolverFile, num_steps: int) -> SearchedSolver:
+    """
+    The table of a solver file for so many steps.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if num_steps not in file.solvers:
+        counts = file.step_counts
+        listed = " and ".join(filter(None, [", ".join(map(str, counts[:-1])), str(counts[-1])]))
+        raise ValueError(
+            f"No solver for {num_steps} steps: this scheduler has {listed}. Pass one of these as "
+            f"`num_inference_steps`, or search one with `accelerate launch search/run.py --num-steps {num_steps}`."
+        )
+    return file.solvers[num_steps]
+
+
+def default_table(process: NoiseProcess, config: Mapping, num_steps: int, mu: float | None) -> SearchedSolver:
+    """
+    The table for so many steps where none was searched.
+
+    Args:
+        config: That of our scheduler.
+        mu: The logarithm of the grid's shift if the config says that shifting is dynamic.
+    """
+    shift = math.exp(mu) if mu is not None and config.use_dynamic_shifting else config.shift
+    return second_order(*time_grid(process, num_steps, shift))
+
+
+def table_on(
+    process: NoiseProcess,
+    config: Mapping,
+    timesteps: Schedule | None,
+    sigmas: Schedule | None,
+    mu: float | None,
+) -> SearchedSolver:
+    """
+    A classical table on the nodes that a pipeline passes; `timesteps` with `sigmas` are what the network is called at.
+
+    Args:
+        config: That of our scheduler.
+
+    Raises:
+        ValueError: If they are no schedule.
+    """
+    for name, schedule, maximum in (("timesteps", timesteps, process.max_timestep), ("sigmas", sigmas, 1.0)):
+        values = np.ones(1) if schedule is None else to_numpy(schedule)
+        if not (values.size and (values >= 0).all() and (values <= maximum).all()):
+            raise ValueError(
+                f"`{name}` is {values.tolist()}, expected falling numbers from at most {maximum:g} to at least 0."
+            )
+    if sigmas is None:
+        timesteps = to_numpy(timesteps)
+        alphas, sigmas = process.alpha_sigma(timesteps)
+        return second_order(timesteps, np.append(alphas, 1.0), np.append(sigmas, 0.0))
+    if process.kind != "flow_matching":
+        raise ValueError(
+            "`sigmas` is a schedule for flow-matching models, this model has `prediction_type` "
+            f"{config.prediction_type!r}. Pass `timesteps` instead."
+        )
+    # Explicit sigmas are shifted by the config, times given with them are not: diffusers' own scheduler knows how.
+    known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+    nodes = FlowMatchEulerDiscreteScheduler(**{key: config[key] for key in known if key in config})
+    times = None if timesteps is None else to_numpy(timesteps)
+    nodes.set_timesteps(sigmas=np.trim_zeros(to_numpy(sigmas), "b"), timesteps=times, mu=mu)
+    sigmas = to_numpy(nodes.sigmas)
+    return second_order(to_numpy(nodes.timesteps), 1 - sigmas, sigmas)
+
+
+def second_order(timesteps: np.ndarray, alphas: np.ndarray, sigmas: np.ndarray) -> SearchedSolver:
+    """Adams-Bashforth of order 2 on velocities."""
+    return SearchedSolver.adams_bashforth(timesteps, alphas, sigmas, "velocity", order=2)
+
+
+def to_numpy(values: Schedule) -> np.ndarray:
+    """`values` in float64, from any device."""
+    return values.detach().cpu().double().numpy() if torch.is_tensor(values) else np.asarray(values, np.float64)
+
+
+def _is_default_grid(sigmas: Schedule) -> bool:
+    """Whether `sigmas` is 1 - i/N, which flow pipelines pass for lack of a wish."""
+    sigmas = to_numpy(sigmas)
+    return sigmas.size > 0 and bool(abs(sigmas - (1 - np.arange(len(sigmas)) / len(sigmas))).max() < 1e-5)
