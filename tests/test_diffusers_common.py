@@ -20,7 +20,7 @@ class WithSolver(SearchedSolverScheduler):
         # Of third order, so that they are not the tables of the classical fallback.
         grids = {n: time_grid(self.process, n) for n in (10, 50)}
         solvers = {n: SearchedSolver.adams_bashforth(*grid, "velocity", 3) for n, grid in grids.items()}
-        self._set_solver(SolverFile(solvers, self.process, self.config.prediction_type))
+        self.solver_file = SolverFile(solvers, self.process, self.config.prediction_type)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
