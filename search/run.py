@@ -29,6 +29,7 @@ from search.results.card import check_place
 from search.results.output import write_results
 from search.results.publish import PublishError, check_target, publish
 from search.session import run_search
+from search.teacher.admission import admit
 
 
 # What a journal's outcomes depend on.
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None):
     if args.evaluate_only:
         solvers, provenance, tuned, report = earlier_results(pipe, args, report)
     check_settings(args.num_steps, conditions, args.teacher_steps, args.batch_size)
+    conditions = admit(pipe, conditions, args.num_steps)
     given = given_solvers(pipe, args.start_solver and SearchedSolverScheduler.from_pretrained(args.start_solver))
     if args.num_eval_samples < 2:
         raise ValueError(f"`--num-eval-samples` is {args.num_eval_samples}, expected at least 2.")

@@ -18,6 +18,7 @@ from ..launch.journal import Journal
 from ..launch.progress import Finding
 from ..pipeline.field import NetworkCalls
 from ..pipeline.rollout import Batch, endpoint_errors, rollout, sample_errors
+from ..teacher.admission import admit
 from ..teacher.batches import BATCH_SIZE, TEACHER_STEPS
 from ..teacher.noises import Weights, portion_end
 from .gauss_newton import gauss_newton_iteration
@@ -160,9 +161,11 @@ def find_solver(
 
     Raises:
         ValueError: If an argument is out of range, there is nothing to search with, or `given` is for another process.
-        FieldError: If the pipeline's call fails.
+        UnsuitableCallError, FieldError: If the pipeline's call fails, or would not do what a searched solver says,
+            which is found out first.
     """
     check_settings([num_steps], conditions, teacher_steps, batch_size)
+    conditions = admit(pipe, conditions, [num_steps])
     others = given_solvers(pipe, given)
     calls = NetworkCalls(pipe)
     problem = None

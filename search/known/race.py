@@ -123,9 +123,10 @@ class FirstPredictions:
         states, history, key = [self._field.noise], [], ()
         kind = self._field.prediction_type
         for i in range(min(2, solver.num_steps)):
-            key += (solver.timesteps[i],)
+            node = solver.alphas[i], solver.sigmas[i]
+            key += (solver.timesteps[i], *(round(level, 5) for level in node))
             if key not in self._outputs:
-                self._outputs[key] = self._field.evaluate(states[i], solver.timesteps[i])
+                self._outputs[key] = self._field.evaluate(states[i], solver.timesteps[i], node)
             output, states[i] = self._outputs[key]
             history.append(solver.prediction(output, states[i], i, kind))
             states.append(solver.step(states[i], history, i))

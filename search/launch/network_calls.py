@@ -12,9 +12,10 @@ class NetworkCalls:
     """
     Counts samples that went through a pipeline's network, guidance included.
 
-    An evaluation counts as many as went through the busiest of the pipeline's networks. So guidance in one double
-    batch and guidance in two calls count the same, two experts that take turns count as one, and what runs beside the
-    denoiser (a ControlNet) or before the loop (text encoders) adds nothing. The evaluation that opens a field counts.
+    An evaluation counts as many as went through the network that ran last. So guidance in one double batch and
+    guidance in two calls count the same, two experts that take turns count as one, and what runs beside the denoiser
+    (a ControlNet) or before the loop (text encoders, language models) adds nothing. The evaluation that opens a field
+    counts.
 
     Args:
         pipe (`DiffusionPipeline`): Its `torch.nn.Module` components are watched while a field evaluates.
@@ -28,6 +29,7 @@ class NetworkCalls:
         self.count = 0
         self.on_call = on_call
         self._samples: Counter | None = None
+        self._last: torch.nn.Module | None = None
         modules = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
         self._removers = [self._watch(module) for module in modules]
 
@@ -47,8 +49,8 @@ class NetworkCalls:
 
     def _record(self, module, args, kwargs):
         if self._samples is not None:
-            batches = (len(value) for value in (*args, *kwargs.values()) if torch.is_tensor(value) and value.ndim)
-            self._samples[module] += next(batches, 1)
+            self._samples[module] += next(filter(None, map(_batch_size, (*args, *kwargs.values()))), 1)
+            self._last = module
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -57,7 +59,7 @@ class NetworkCalls:
         try:
             yield
         finally:
-            samples, self._samples = max(self._samples.values(), default=0), None
+            samples, self._samples, self._last = self._samples[self._last], None, None
             if samples:
                 self.count += samples
                 self.on_call(samples)
@@ -67,3 +69,10 @@ class NetworkCalls:
         for remove in self._removers:
             remove()
         self._removers = []
+
+
+def _batch_size(value) -> int:
+    """Samples of an input of a network; none if it does not say: whole numbers may be the tokens of one."""
+    if isinstance(value, (list, tuple)) and value and torch.is_tensor(value[0]):
+        return len(value)
+    return len(value) if torch.is_tensor(value) and value.ndim and value.is_floating_point() else 0

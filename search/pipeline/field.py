@@ -9,11 +9,13 @@ import torch
 from diffusers import DiffusionPipeline
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from diffusers_searched_solver.calls import describe
+
 from ..launch.network_calls import NetworkCalls
 from .hand_out import FieldError, HandOutScheduler
 
 
-__all__ = ["FieldError", "NetworkCalls", "PipelineField", "describe", "merge_conditions"]
+__all__ = ["Alone", "FieldError", "NetworkCalls", "PipelineField", "merge_conditions"]
 
 
 class PipelineField:
@@ -71,28 +73,35 @@ class PipelineField:
 
     def _open(self):
         self.close()
+        _check_caches(self.pipe)
         self._coroutine = greenlet(_call_pipeline)
-        _, noise = self._switch(self.pipe, self.call_kwargs, self.seeds)
+        prediction, noise = self._switch(self.pipe, self.call_kwargs, self.seeds)
+        self._check_shape(prediction, noise.shape, "made of a state of shape {} a prediction of shape {}")
         self.noise = noise.clone()
 
     def __call__(self, x: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """The prediction of `evaluate` alone."""
         return self.evaluate(x, timestep)[0]
 
-    def evaluate(self, x: torch.Tensor, timestep: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def evaluate(
+        self, x: torch.Tensor, timestep: float | torch.Tensor, node: tuple[float, float] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The pipeline's prediction (after guidance) for states `x` at one time.
 
         Args:
             x (`torch.Tensor`): Of `noise`'s shape; cast to the dtype of predictions, as between the steps of a run.
             timestep (`float` or 0-dimensional `torch.Tensor`): In the pipeline's unit, 0 to 1000.
+            node (`tuple[float, float]`, *optional*): alpha and sigma of `x`, where a solver calls the network at
+                another time than its node's; by default the process's at `timestep`.
 
         Returns:
             What the pipeline passes to `scheduler.step`, of `prediction_type`, and the states that it is of: `x`,
             except where the pipeline itself sets states between steps, as inpainting does outside of the mask.
 
         Raises:
-            FieldError: If the pipeline's call fails, changes the states' shape, or keeps a gradient that is asked for.
+            FieldError: If the pipeline's call fails, changes the shape of states, predicts in another one, or keeps a
+                gradient that is asked for.
         """
         inputs = {"x": x, "timestep": timestep} if torch.is_grad_enabled() else {}
         # Clones, because gradients have to lead back to them through this evaluation.
@@ -100,14 +109,18 @@ class PipelineField:
         x = sources.get("x", x)
         timestep = sources["timestep"] if "timestep" in sources else float(timestep)
         self._open_if_needed()
-        prediction, state = self._switch(x, timestep, bool(sources))
-        if state.shape != x.shape:
-            raise FieldError(
-                f"{type(self.pipe).__name__} turned states of shape {tuple(x.shape)} into {tuple(state.shape)}. Call "
-                "it without the option that does so; states of a field keep their shape."
-            )
+        prediction, state = self._switch(x, timestep, node, bool(sources))
+        self._check_shape(state, x.shape, "turned states of shape {} into {}")
+        self._check_shape(prediction, x.shape, "made of states of shape {} a prediction of shape {}")
         self._check_graph(prediction, sources)
         return prediction, torch.where(state == x.to(state.dtype), x, state)
+
+    def _check_shape(self, found: torch.Tensor, expected: torch.Size, what: str):
+        if found.shape != expected:
+            raise FieldError(
+                f"{type(self.pipe).__name__} {what.format(tuple(expected), tuple(found.shape))}. Call it without the "
+                "option that does so; states and predictions of a field keep their shape."
+            )
 
     def finish(self, x: torch.Tensor):
         """
@@ -123,7 +136,7 @@ class PipelineField:
         self._open_if_needed()
         self._scheduler.finished = True
         try:
-            output = self._resume(x, 0.0, False)
+            output = self._resume(x, 0.0, None, False)
         finally:
             self._scheduler.finished = False
         if not self._coroutine.dead:
@@ -206,8 +219,21 @@ class PipelineField:
 def _call_pipeline(pipe: DiffusionPipeline, call_kwargs: Mapping, seeds: Sequence[int]):
     """What runs in the coroutine. It knows nothing of the field, so that a field that is dropped goes at once."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    # Some pipelines, such as Wan VACE's, refuse lists.
+    generator = generators[0] if len(generators) == 1 else generators
     with torch.no_grad():
-        return pipe(**call_kwargs, generator=generators, num_inference_steps=HandOutScheduler.evaluations_per_call)
+        return pipe(**call_kwargs, generator=generator, num_inference_steps=HandOutScheduler.evaluations_per_call)
+
+
+def _check_caches(pipe: DiffusionPipeline):
+    """Refuse networks that answer from earlier evaluations."""
+    cached = [name for name, part in pipe.components.items() if getattr(part, "is_cache_enabled", False)]
+    if cached:
+        raise FieldError(
+            f"The `{cached[0]}` of {type(pipe).__name__} has a cache between steps, so what it predicts depends on "
+            f"what it predicted before. Call `pipe.{cached[0]}.disable_cache()`; with few steps there is little to "
+            "skip."
+        )
 
 
 def _leads_back(tensor: torch.Tensor, source: torch.Tensor) -> bool:
@@ -223,9 +249,8 @@ def _leads_back(tensor: torch.Tensor, source: torch.Tensor) -> bool:
     return False
 
 
-def describe(call_kwargs: Mapping) -> str:
-    """Argument names and short values, for an error message."""
-    return ", ".join(f"{key}={str(value)[:60]}" for key, value in call_kwargs.items()) or "no arguments"
+class Alone(dict):
+    """Keyword arguments of a call that shares no call with others, as its pipeline makes one sample at a time."""
 
 
 def merge_conditions(first: Mapping, second: Mapping) -> dict | None:
@@ -238,7 +263,7 @@ def merge_conditions(first: Mapping, second: Mapping) -> dict | None:
     Returns:
         `dict`, or None if one call cannot make both.
     """
-    if first.keys() != second.keys():
+    if first.keys() != second.keys() or isinstance(first, Alone) or isinstance(second, Alone):
         return None
     merged = {}
     for key, value in first.items():

@@ -22,6 +22,7 @@ class HandOutScheduler(SearchedSolverScheduler):
         start (`float`): The timestep of the first.
         time (`torch.Tensor`, 0-dimensional): The timestep of the evaluation that is asked for.
         index (`int`): Its place in `timesteps`.
+        node (`tuple[float, float]`, *optional*): alpha and sigma of its state, if not the process's at that time.
         finished (`bool`): Whether the pipeline's loop ends when it asks for the next timestep.
     """
 
@@ -29,6 +30,7 @@ class HandOutScheduler(SearchedSolverScheduler):
     evaluations_per_call = 4096
     driver: greenlet | None = None
     index = 0
+    node: tuple[float, float] | None = None
     finished = False
 
     @property
@@ -41,10 +43,21 @@ class HandOutScheduler(SearchedSolverScheduler):
         self.time = torch.tensor(self.start, dtype=torch.float32, device=device)
         self.timesteps = _LiveTimesteps.of(self, self.time.repeat(self.num_inference_steps))
         self.sigmas = torch.full((self.num_inference_steps + 1,), self._sigma(self.start))
-        self.index = 0
+        self.index, self.node = 0, None
 
     def _sigma(self, timestep: float) -> float:
-        return float(self.process.alpha_sigma(timestep)[1])
+        return float(self.process.alpha_sigma(timestep)[1]) if self.node is None else self.node[1]
+
+    def _levels(self, sample, timesteps):
+        """Of the node that the network is called for, where that is asked for; it may be called at another time."""
+        alphas, sigmas = super()._levels(sample, timesteps)
+        if self.node is not None:
+            here = torch.as_tensor(timesteps).reshape(-1, *[1] * (sample.ndim - 1)).to(alphas.device)
+            here = here == self.time.to(here)
+            alphas, sigmas = (
+                torch.where(here, node, of) for node, of in zip(self.node, (alphas, sigmas), strict=True)
+            )
+        return alphas, sigmas
 
     def times(self, first: int, count: int) -> Iterator[torch.Tensor]:
         """The timesteps from place `first` on, each as it is when the loop gets there."""
@@ -57,7 +70,7 @@ class HandOutScheduler(SearchedSolverScheduler):
         self._check_time(timestep)
         model_output = self._output(model_output, sample, per_token_timesteps)
         # A copy, because a compiled network may use the memory of its output again.
-        x, timestep, differentiable = self.driver.switch((model_output.clone(), sample))
+        x, timestep, self.node, differentiable = self.driver.switch((model_output.clone(), sample))
         torch.set_grad_enabled(differentiable)
         has_graph = torch.is_tensor(timestep)
         number = float(timestep.detach()) if has_graph else timestep

@@ -58,7 +58,8 @@ def rollout(field: PipelineField, solver: SearchedSolver, prefix: Run | None = N
     history = [] if prefix is None else list(prefix.history)
     for i in range(len(states) - 1, solver.num_steps):
         if len(history) == i:
-            output, states[i] = field.evaluate(states[i], solver.timesteps[i])
+            node = solver.alphas[i], solver.sigmas[i]
+            output, states[i] = field.evaluate(states[i], solver.timesteps[i], node)
             history.append(solver.prediction(output, states[i], i, field.prediction_type))
         states.append(solver.step(states[i], history[: i + 1], i))
     return Run(states, history)

@@ -8,10 +8,11 @@ from typing import TypeVar
 import torch
 from diffusers import DiffusionPipeline
 
+from diffusers_searched_solver.calls import describe
 from diffusers_searched_solver.check import teacher_solver
 
 from ..launch.processes import share
-from ..pipeline.field import FieldError, NetworkCalls, PipelineField, describe, merge_conditions
+from ..pipeline.field import FieldError, NetworkCalls, PipelineField, merge_conditions
 from ..pipeline.rollout import Batch
 from .cache import TeacherCache
 

@@ -5,7 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from . import pipelines
 
@@ -87,3 +89,19 @@ def _label_id(pipe: DiffusionPipeline, label: str) -> int:
         known = ", ".join(list(labels)[:10]) or "none by name"
         raise ValueError(f"There is no class '{label}', but {known}. Pass one of these, or ids.")
     return labels[label]
+
+
+def describe(call: Mapping) -> str:
+    """Argument names and short values, for an error message; of images and tensors their sizes."""
+    return ", ".join(f"{key}={_short(value)}" for key, value in call.items()) or "no arguments"
+
+
+def _short(value) -> str:
+    if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (str, int, float)):
+        return f"{len(value)} x {_short(value[0])}"
+    if torch.is_tensor(value) or isinstance(value, np.ndarray):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    if isinstance(value, Image.Image):
+        return f"image of {value.width} x {value.height}"
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

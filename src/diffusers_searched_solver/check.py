@@ -1,9 +1,7 @@
 """Whether a solver is good for a pipeline: its errors beside those of the pipeline's own scheduler."""
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +14,7 @@ from .process import NoiseProcess
 from .scheduler import SearchedSolverScheduler
 from .serialization import SolverFile
 from .solver import SearchedSolver
+from .trial import check_arguments, recorded_steps, schedule_for, try_call, undecoded
 
 
 logger = logging.get_logger(__name__)
@@ -87,6 +86,8 @@ def check_solver(
     Raises:
         ValueError: If there are too few samples, the solver has no such step count or is for another kind of noise
             process, or the reference is not finite.
+        UnsuitableCallError: If the pipeline's call would not run the solver, or not all of it; found out in one call
+            before all others.
     """
     if len(calls) < MIN_SAMPLES:
         raise ValueError(f"There are {len(calls)} samples, expected at least {MIN_SAMPLES} to tell skill from chance.")
@@ -96,16 +97,26 @@ def check_solver(
     reference = SearchedSolverScheduler.from_config(own.config, solver=teacher)
     for count in (errors := {count: ([], []) for count in num_steps or solver.step_counts}):
         searched.set_timesteps(count)  # Raises early if there is none.
+    for call in calls:
+        check_arguments(pipe, call)
+    argument = try_call(pipe, calls[0], min(errors)).schedule_argument
+
+    def table_end(scheduler: SearchedSolverScheduler, count: int, call: Mapping, seed: int) -> torch.Tensor:
+        table = scheduler.solver_file.solvers[count]
+        more = {} if argument is None else {argument: schedule_for(argument, table)}
+        return _end(pipe, scheduler, {**call, **more}, count, seed, on_step)
+
     for seed, call in enumerate(calls):
-        target = _end(pipe, reference, call, REFERENCE_STEPS, seed, on_step)
+        target = table_end(reference, REFERENCE_STEPS, call, seed)
         if not torch.isfinite(target).all():
             raise ValueError(
                 f"The reference of sample {seed} is not finite. Run the pipeline in float32, or make sure that it "
                 "draws a sample with these arguments and its own scheduler."
             )
         for count, of_both in errors.items():
-            for found, scheduler in zip(of_both, (searched, own), strict=True):
-                found.append(_distance(_end(pipe, scheduler, call, count, seed, on_step), target))
+            ends = table_end(searched, count, call, seed), _end(pipe, own, call, count, seed, on_step)
+            for found, end in zip(of_both, ends, strict=True):
+                found.append(_distance(end, target))
         if seed == 0:
             limit = _distance(_end(pipe, own, call, REFERENCE_STEPS, seed, on_step), target)
             _warn_unless_below(limit, min(found[-1] for _, found in errors.values()), own)
@@ -125,32 +136,16 @@ def teacher_solver(process: NoiseProcess, num_steps: int) -> SearchedSolver:
 
 def _end(pipe, scheduler: SchedulerMixin, call: Mapping, num_steps: int, seed: int, on_step) -> torch.Tensor:
     """The state that the pipeline's call ends at with a scheduler."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    with _recorded_steps(pipe, scheduler, on_step) as last:
-        pipe(**{"output_type": "latent", **call}, num_inference_steps=num_steps, generator=generator)
-    if not last:
-        raise ValueError(f"{type(pipe).__name__} never called its scheduler's `step`, so it cannot be measured.")
-    return last[0].float().cpu()
+    last = []
 
-
-@contextmanager
-def _recorded_steps(pipe, scheduler: SchedulerMixin, on_step) -> Iterator[list[torch.Tensor]]:
-    """Have the pipeline run with a scheduler, and keep the state that came out of its last step."""
-    own, step, last = pipe.scheduler, scheduler.step, []
-
-    @functools.wraps(step)
-    def recording_step(*args, **kwargs):
-        result = step(*args, **kwargs)
-        last[:] = [result[0]]
+    def see(output, sample, next_sample):
+        last[:] = [next_sample]
         on_step()
-        return result
 
-    pipe.scheduler, scheduler.step = scheduler, recording_step
-    try:
-        yield last
-    finally:
-        pipe.scheduler = own
-        del scheduler.step
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with recorded_steps(pipe, scheduler, see):
+        pipe(**undecoded(pipe, call), num_inference_steps=num_steps, generator=generator)
+    return last[0].float().cpu()
 
 
 def _distance(end: torch.Tensor, target: torch.Tensor) -> float:
