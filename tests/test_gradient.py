@@ -43,7 +43,7 @@ class ClosedFormField:
         self.process, self.noise, self.seeds = process, torch.from_numpy(noise), range(len(noise))
         self.prediction_type = "flow_prediction" if process.kind == "flow_matching" else "epsilon"
 
-    def evaluate(self, x, timestep):
+    def evaluate(self, x, timestep, node=None):
         return prediction(self.process, x, timestep, torch.sin), x
 
 
