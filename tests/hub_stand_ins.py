@@ -19,13 +19,19 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 MARKS = ("<s>", "<pad>", "</s>", "<unk>")
 CHARACTERS = [*MARKS, *string.ascii_lowercase, *string.digits, *string.punctuation, " "]
 TINY_T5 = {"vocab_size": 1103, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 5, "num_heads": 4}
-TINY = {"vocab_size": 1103, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 5, "num_attention_heads": 4}
+TINY = {
+    "vocab_size": 1103,
+    "hidden_size": 32,
+    "intermediate_size": 37,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+}
 # By a part of the name that is asked for; the first that fits.
 CONFIGS = {
     "umt5": (UMT5Config, TINY_T5),
     "t5": (T5Config, {**TINY_T5, "relative_attention_num_buckets": 8}),
-    "bert": (BertConfig, TINY),
-    "llama": (LlamaConfig, TINY),
+    "bert": (BertConfig, {**TINY, "num_attention_heads": 4}),
+    "llama": (LlamaConfig, {**TINY, "num_attention_heads": 4}),
 }
 
 

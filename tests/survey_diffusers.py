@@ -7,8 +7,8 @@ CHECKOUT is a clone of github.com/huggingface/diffusers, of about the version th
 (parameterized, requests_mock) have to be there. Each pipeline is made of its tests' tiny networks, in a process and a
 time of its own, without the network: tokenizers and text encoders of the Hub are stood in for. A pipeline is
 
-- right if what the search says of two noises is where the pipeline's own calls end, with a table of its own times and
-  with the teacher's, and a saved solver loads again for it;
+- right if what the search says of two noises is where the pipeline's own calls end, with a table that has times of its
+  own and with that of a known scheduler, and saved solvers load again for it;
 - refused if the scheduler, or the search before its first teacher run, says why not;
 - wrong if neither; crashed if what says so is not a message of ours; not tried if its own call fails without us.
 
@@ -33,8 +33,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, time_grid
-from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, solver_from_scheduler, time_grid
 from diffusers_searched_solver.trial import (
     UnsuitableCallError,
     recorded_steps,
@@ -42,15 +41,16 @@ from diffusers_searched_solver.trial import (
     try_call,
     undecoded,
 )
+from search.known.baselines import diffusers_schedulers
 from search.launch.network_calls import NetworkCalls
-from search.pipeline.hand_out import FieldError
+from search.pipeline.field import Alone, FieldError
 from search.pipeline.rollout import rollout
 from search.teacher.admission import admit
 from search.teacher.batches import make_batches
 
 
 RIGHT, REFUSED, WRONG, CRASHED, NOT_TRIED = "right", "refused", "wrong", "crashed", "not tried"
-NUM_STEPS, TEACHER_STEPS = 4, 6
+NUM_STEPS, TEACHER_STEPS = 4, 3
 SEEDS = [0, 1]
 # Of the end's size; calls of two round otherwise than calls of one.
 TOLERANCE = 1e-3
@@ -90,15 +90,15 @@ def survey(pipe: DiffusionPipeline, inputs: Mapping) -> Verdict:
 
 
 def _compare(pipe, inputs: Mapping) -> tuple[str, str]:
-    process = SearchedSolverScheduler.from_config(pipe.scheduler.config).process
-    solvers = [_table(process), teacher_solver(process, TEACHER_STEPS)]
-    schedulers = [_saved_and_loaded(pipe, solver) for solver in solvers]
+    SearchedSolverScheduler.from_config(pipe.scheduler.config)
     conditions = admit(pipe, [inputs] * 2, [NUM_STEPS])
+    solvers = _tables(pipe.scheduler.config)
+    schedulers = [_saved_and_loaded(pipe, solver) for solver in solvers]
     argument = try_call(pipe, inputs, NUM_STEPS).schedule_argument
     calls = NetworkCalls(pipe)
     said: dict[int, list[torch.Tensor]] = {}
     for batch in make_batches(pipe, conditions, SEEDS, len(SEEDS), TEACHER_STEPS, calls):
-        ends = rollout(batch.field, solvers[0]).end, batch.target
+        ends = [rollout(batch.field, solver).end for solver in solvers]
         for k, seed in enumerate(batch.field.seeds):
             said[seed] = [end[k :: len(batch.field.seeds)] for end in ends]
         batch.field.close()
@@ -114,18 +114,19 @@ def _compare(pipe, inputs: Mapping) -> tuple[str, str]:
     if not max(errors) <= TOLERANCE:
         return WRONG, f"ends {max(errors):.2g} of its size from where it is said to"
     notes = [f"with `{argument}` among the arguments of its call"] * (argument is not None)
-    return RIGHT, ", ".join(notes + ["one sample a call"] * (len(said) > len({*map(id, said)}) or _alone(conditions)))
+    return RIGHT, ", ".join(notes + ["one sample a call"] * isinstance(conditions[0], Alone))
 
 
-def _alone(conditions) -> bool:
-    return type(conditions[0]).__name__ == "Alone"
-
-
-def _table(process) -> SearchedSolver:
-    """With times apart from its nodes, where the search moves them."""
+def _tables(config) -> list[SearchedSolver]:
+    """One with times apart from its nodes, where the search moves them, and a known one that it may return."""
+    process = SearchedSolverScheduler.from_config(config).process
     timesteps, alphas, sigmas = time_grid(process, NUM_STEPS, 1.5)
     apart = 1.0 if process.kind == "flow_matching" else 0.98
-    return SearchedSolver.adams_bashforth(apart * timesteps, alphas, sigmas, "velocity", 3)
+    known = next(iter(diffusers_schedulers(config)["DPM-Solver++(2M)"].values()))
+    return [
+        SearchedSolver.adams_bashforth(apart * timesteps, alphas, sigmas, "velocity", 3),
+        solver_from_scheduler(known, NUM_STEPS),
+    ]
 
 
 def _saved_and_loaded(pipe, solver: SearchedSolver) -> SearchedSolverScheduler:

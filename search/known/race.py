@@ -10,7 +10,7 @@ from diffusers_searched_solver import SearchedSolver
 
 from ..launch.processes import gather
 from ..pipeline.field import PipelineField
-from ..pipeline.rollout import Batch, Run, rollout, sample_errors
+from ..pipeline.rollout import Batch, Run, node_of, rollout, sample_errors
 from ..teacher.noises import Noises
 from .baselines import KnownTable
 from .contest import score
@@ -123,7 +123,7 @@ class FirstPredictions:
         states, history, key = [self._field.noise], [], ()
         kind = self._field.prediction_type
         for i in range(min(2, solver.num_steps)):
-            node = solver.alphas[i], solver.sigmas[i]
+            node = node_of(solver, i)
             key += (solver.timesteps[i], *(round(level, 5) for level in node))
             if key not in self._outputs:
                 self._outputs[key] = self._field.evaluate(states[i], solver.timesteps[i], node)

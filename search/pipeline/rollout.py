@@ -58,11 +58,15 @@ def rollout(field: PipelineField, solver: SearchedSolver, prefix: Run | None = N
     history = [] if prefix is None else list(prefix.history)
     for i in range(len(states) - 1, solver.num_steps):
         if len(history) == i:
-            node = solver.alphas[i], solver.sigmas[i]
-            output, states[i] = field.evaluate(states[i], solver.timesteps[i], node)
+            output, states[i] = field.evaluate(states[i], solver.timesteps[i], node_of(solver, i))
             history.append(solver.prediction(output, states[i], i, field.prediction_type))
         states.append(solver.step(states[i], history[: i + 1], i))
     return Run(states, history)
+
+
+def node_of(solver: SearchedSolver, i: int) -> tuple[float, float]:
+    """alpha and sigma of the state before step `i`; the first is noise alone, whatever the solver's first node."""
+    return (float(solver.alphas[i]), float(solver.sigmas[i])) if i else (0.0, 1.0)
 
 
 def sample_errors(end: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -9,14 +9,15 @@ from diffusers import DiffusionPipeline
 from diffusers_searched_solver.trial import Trial, UnsuitableCallError, check_arguments, try_call
 
 from ..pipeline.field import Alone, FieldError, NetworkCalls, PipelineField, merge_conditions
+from ..pipeline.rollout import node_of
 from .batches import pipeline_calls
 
 
 logger = logging.getLogger(__name__)
 
-# How far predictions for the same state and time may be apart, as a share of their size (root mean squares): batches
-# of other sizes round otherwise, and half precision more.
-CLOSE, CLOSE_IN_HALF = 1e-2, 5e-2
+# How far predictions for the same state and time may be apart, as a share of their size (root mean squares): a network
+# may round otherwise from call to call, half precision more, and batches of other sizes do.
+CLOSE, CLOSE_IN_HALF, OF_OTHER_SIZE = 1e-4, 1e-2, 10
 SEED = 0
 
 
@@ -51,9 +52,7 @@ def admit(pipe: DiffusionPipeline, conditions: Sequence[Mapping], step_counts: S
             logger.warning(_needs_argument(pipe, trial))
         _check_field(pipe, condition, trial)
     if (reason := _reason_against_merging(pipe, conditions)) is not None:
-        logger.warning(
-            f"{type(pipe).__name__} makes one sample in a call, the search too, one after another: {reason}."
-        )
+        logger.warning(f"Every sample gets a call of {type(pipe).__name__} of its own: {reason}.")
         return [Alone(condition) for condition in conditions]
     return conditions
 
@@ -79,7 +78,7 @@ def _check_field(pipe: DiffusionPipeline, condition: Mapping, trial: Trial):
         other.close()
         table = trial.solver
         for step in reversed(trial.steps):
-            node = table.alphas[step.index], table.sigmas[step.index]
+            node = node_of(table, step.index)
             prediction, state = field.evaluate(step.sample, table.timesteps[step.index], node)
             _check_same(pipe, prediction, step.output, f"step {step.index + 1} of {table.num_steps}")
             _check_same(pipe, state, step.sample, f"step {step.index + 1} of {table.num_steps}")
@@ -148,7 +147,7 @@ def _difference(first: PipelineField, second: PipelineField, both: PipelineField
         # Pipelines with guidance may have every sample twice: first all once, then all again.
         together = of(both).unflatten(0, (rows, 2)).transpose(0, 1)
         for mine, alone in zip(together, (first, second), strict=True):
-            if not _apart(mine, of(alone)) <= _tolerance(mine):
+            if not _apart(mine, of(alone)) <= OF_OTHER_SIZE * _tolerance(mine):
                 return f"{title} of two in one call differ from those of each alone"
     return None
 
