@@ -3,7 +3,9 @@
     python examples/image_to_image.py stabilityai/stable-diffusion-xl-base-1.0 out sketch.png "a lighthouse"
 
 where `out` is what `search/run.py --pipeline stabilityai/stable-diffusion-xl-base-1.0 --prompts ...` has written. Of a
-solver's N steps the last N * strength are run, from the image with the noise of their first node.
+solver's N steps the last N * strength are run, from the image with the noise of their first node. Searched nodes are
+not spread evenly, so the same strength may begin at another noise level than with the pipeline's own scheduler: what
+each strength begins with is printed.
 """
 
 import argparse
@@ -40,6 +42,11 @@ if on_gpu:
 # together, this says so.
 solver_file = SearchedSolverScheduler.from_pretrained(args.solver).solver_file
 pipe.scheduler = SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=solver_file)
+
+nodes = pipe.scheduler.solver_file.solvers[args.num_steps]
+for step, (signal, noise) in enumerate(zip(nodes.alphas[:-1], nodes.sigmas[:-1], strict=True)):
+    strength = 1 - step / args.num_steps
+    print(f"strength {strength:.2f} begins at step {step + 1} with {signal:.2f} of the image and {noise:.2f} of noise")
 
 image = load_image(args.image)
 call_kwargs = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}

@@ -4,8 +4,8 @@ Every pipeline of diffusers' own tests under a searched table and under the sear
     python tests/survey_diffusers.py CHECKOUT --output examples/results/pipelines.md
 
 CHECKOUT is a clone of github.com/huggingface/diffusers, of about the version that is installed; its test requirements
-(parameterized, requests_mock) have to be there. Each pipeline is made of its tests' tiny networks, in a process and a
-time of its own, without the network: tokenizers and text encoders of the Hub are stood in for. A pipeline is
+(parameterized, requests_mock and so on) have to be there. Each pipeline is made of its tests' tiny networks, in a
+process and a time of its own, with stand-ins for the tokenizers and text encoders of the Hub. A pipeline is
 
 - right if what the search says of two noises is where the pipeline's own calls end, with a table that has times of its
   own and with that of a known scheduler, and saved solvers load again for it;
@@ -30,6 +30,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import hub_stand_ins
 import torch
 from diffusers import DiffusionPipeline
 
@@ -232,14 +233,16 @@ def main():
     parser.add_argument("checkout", type=Path, help="a clone of diffusers")
     parser.add_argument("--only", default="", metavar="WORD", help="pipelines whose tests' names have it")
     parser.add_argument("--limit", type=float, default=180, help="seconds for each pipeline (default: 180)")
+    parser.add_argument("--hub", action="store_true", help="load what the tests load from the Hub, without stand-ins")
     parser.add_argument("--output", type=Path, help="a Markdown file for the table (default: it is printed)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     # Before our own folder of tests, which is no package.
     sys.path.insert(0, str(args.checkout.resolve()))
     importlib.import_module("tests.pipelines.test_pipelines_common")
-    importlib.import_module("hub_stand_ins").install()
+    if not args.hub:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        hub_stand_ins.install()
     verdicts = []
     for module, name in find_cases(args.checkout):
         if args.only in f"{module}:{name}":

@@ -12,11 +12,10 @@ HunyuanImage and HunyuanVideo 1.5 distilled   tell the network the next time, wh
 to mean flows
 ChronoEdit with temporal reasoning            drops frames mid-way: refused when it does; leave the option off
 LTX-Condition on an image                     draws noise at every step: `image_cond_noise_scale=0`
-guidance intervals, `control_guidance_end`,   count steps, and see evaluation numbers: leave them off
-caches between steps
-Cosmos 2.5                                    calls its network at the node, whatever the table's time: search without
-                                              times of their own
-inpainting                                    keeps the known part at the level of the time called, not of the node
+guidance intervals, `control_guidance_end`    count steps, and see evaluation numbers: found out by `admit`
+caches between steps, guidance with momentum  remember: refused when a field opens, and by `admit`
+Cosmos 2.5                                    calls its network at the node, whatever the table's time
+inpainting                                    keeps the known part at the level of the time called, or of a node given
 Wan image to video, ChronoEdit                one image a call: conditions share a call only if they share the image
 HunyuanDiT, AuraFlow, Cosmos 2.5;             no gradient with respect to the time, which they copy: refused if one is
 EasyAnimate, ERNIE-Image                      asked for

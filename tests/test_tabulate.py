@@ -183,3 +183,13 @@ def test_shared_predictions_change_no_error(fields, name):
     # Beginnings that differ by the rounding of float32 are the same.
     torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-5)
     assert cost < 0.65 * (field._calls.count - before)
+
+
+def test_what_diffusers_itself_fails_at_is_left_out_of_the_known_tables():
+    """Where noise levels crowd, whole timesteps meet and schedulers fail in ways of their own."""
+    config = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").config
+    scheduler = diffusers_schedulers(config)["UniPC 2"]["Karras"]
+    with pytest.raises(ValueError, match="of 8 steps is not a table of one call a step: .* fails with AssertionError"):
+        solver_from_scheduler(scheduler, 8)
+    families = {table.family for table in known_tables(config, 8)}
+    assert {"UniPC 2", "DEIS 2", "DPM-Solver++(2M)"} <= families

@@ -116,7 +116,7 @@ class _Run:
             states.append(scale(x, timestep))
             try:
                 x = scheduler.step(output(i, states[-1]), timestep, x, return_dict=False)[0]
-            except (TypeError, LookupError) as error:
+            except (TypeError, LookupError, AssertionError, RuntimeError) as error:
                 raise ValueError(f"`step(model_output, timestep, sample)` fails with {error!r}.") from error
         return [*states, x]
 
