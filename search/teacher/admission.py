@@ -153,8 +153,8 @@ def _difference(first: PipelineField, second: PipelineField, both: PipelineField
 
 
 def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square of the difference, over that of the larger one."""
-    found, expected = found.double(), expected.to(found.device).double()
+    """Root mean square of the difference, over that of the larger one; what is not finite the teacher's run tells."""
+    found, expected = (torch.nan_to_num(each.double()) for each in (found, expected.to(found.device)))
     size = max(found.square().mean(), expected.square().mean()).sqrt()
     return float((found - expected).square().mean().sqrt() / size) if size else 0.0
 
