@@ -1,23 +1,27 @@
-"""What a search would cost, before it is begun."""
+"""What a whole run will take, before it is begun: every stage says its own, here it is added up."""
 
-import argparse
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from .fit.problem import FEW, SCREENING_STEPS, TEACHER_NOISES
-from .fit.strategy import FIRST_NOISES, JUDGES, LATER_NOISES, usual_calls
-from .known.baselines import diffusers_schedulers, known_tables
-from .known.race import RUNGS
-from .launch.progress import IMAGES, MEASURING, TEACHER
+from .fit.problem import setup_evaluations
+from .fit.strategy import derivative_bytes, judging_evaluations, shared_evaluations, usual_calls
+from .gradient.recipe import Recipe, recipe_evaluations
+from .known.baselines import diffusers_schedulers
+from .launch.network_calls import NetworkCalls
+from .launch.progress import DRAWING, IMAGES, MEASURING, TEACHER
 from .measure.feature_network import FeatureNetwork
-from .measure.image_metrics import seconds_per_image
-from .measure.measuring import EVALUATION_BATCH_SIZE, EVALUATION_TEACHER
-from .pipeline.field import NetworkCalls, PipelineField
+from .measure.image_metrics import image_evaluations, seconds_per_image
+from .measure.measuring import FINER, measuring_evaluations
+from .pipeline.conditions import variant_of
+from .pipeline.field import PipelineField
+from .results.images import drawing_evaluations
+from .results.output import GRID_SAMPLES
+from .settings import Settings
 from .teacher.batches import make_batches
 from .teacher.memory import peak_memory
 from .teacher.splits import split_seeds
@@ -26,65 +30,87 @@ from .teacher.splits import split_seeds
 TIMED_STEPS = 16
 
 
+def expected_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Settings) -> dict[str, int]:
+    """Network calls of all processes for the teacher, the search for each number of steps, and what follows."""
+    per_sample = _calls_per_evaluation(pipe, conditions)
+    config, steps = pipe.scheduler.config, settings.num_steps
+    expected = {} if settings.evaluate_only else _search_calls(config, conditions, settings, per_sample)
+    full = settings.measure == "full"
+    measuring_steps = (FINER if full else 1) * settings.teacher_steps
+    solvers = 2 + len(diffusers_schedulers(config))
+    later = {MEASURING: 0, IMAGES: 0, DRAWING: 0}
+    if settings.measure != "none":
+        how = settings.teacher_steps, full, settings.num_eval_samples, settings.batch_size
+        later[MEASURING] = measuring_evaluations(config, steps, *how)
+        later[DRAWING] = drawing_evaluations(min(GRID_SAMPLES, len(conditions)), steps, measuring_steps)
+        later[IMAGES] = image_evaluations(settings.image_metrics, measuring_steps, steps, solvers)
+    return expected | {stage: per_sample * n for stage, n in later.items()}
+
+
 def estimate(
-    pipe: DiffusionPipeline,
-    conditions: Sequence[dict],
-    args: argparse.Namespace,
-    network: FeatureNetwork | None = None,
+    pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Settings, network: FeatureNetwork | None = None
 ) -> str:
     """
-    Network calls, minutes and memory of a search and of its measurement, from a few timed calls of the pipeline.
+    Network calls, minutes and memory of a whole run, from a few timed calls of the pipeline.
 
     Args:
-        args: The command line of `search/run.py`.
+        settings: Of the run.
         network (*optional*): What images are compared by.
 
     Returns:
         `str`: Lines for the terminal.
     """
-    seconds, elements = _time_calls(pipe, conditions, args.batch_size)
-    seconds_measuring, _ = _time_calls(pipe, conditions, EVALUATION_BATCH_SIZE)
-    expected = expected_calls(pipe, conditions, args)
-    costs = {stage: n * (seconds_measuring if stage == MEASURING else seconds) for stage, n in expected.items()}
+    timed = _time_calls(pipe, conditions, settings.batch_size)
+    expected = expected_calls(pipe, conditions, settings)
+    seconds = {stage: n * timed.seconds for stage, n in expected.items()}
     if network is not None:
-        each = seconds_per_image(pipe, conditions[0], args.batch_size, network)
-        costs[IMAGES] += args.image_metrics * each * (1 + len(args.num_steps) * _num_solvers(pipe))
+        each = seconds_per_image(pipe, conditions[0], settings.batch_size, network)
+        solvers = 2 + len(diffusers_schedulers(pipe.scheduler.config))
+        seconds[IMAGES] += settings.image_metrics * each * (1 + len(settings.num_steps) * solvers)
     processes = PartialState().num_processes
-    lines = [f"{stage}: {n:,} network calls, {_duration(costs[stage] / processes)}" for stage, n in expected.items()]
-    in_all = _duration(sum(costs.values()) / processes)
-    lines.append(f"in all: {in_all} on {processes} process{'es' * (processes > 1)}")
-    if not args.evaluate_only and args.fitter == "gauss-newton" and args.max_calls is None:
+    # One process draws while the others wait.
+    shares = {stage: n if stage == DRAWING else n / processes for stage, n in seconds.items()}
+    lines = [f"{stage}: {n:,} network calls, {_duration(shares[stage])}" for stage, n in expected.items() if n]
+    lines.append(
+        f"in all: {sum(expected.values()):,} network calls, {_duration(sum(shares.values()))} on {processes} "
+        f"process{'es' * (processes > 1)}"
+    )
+    if not settings.evaluate_only and settings.fitter == "gauss-newton" and settings.max_calls is None:
         lines.append("twice as many to search if a few noises turn out to be much harder than others")
-    memory = peak_memory(pipe.device) / 2**20
-    if args.fitter == "gradient":
-        return "\n".join([*lines, f"peak memory: {memory:,.0f} MiB, and what the network keeps for its gradient"])
-    columns = max(n * (n + 1) // 2 + 2 * n for n in args.num_steps)
-    scales = len({condition.get("guidance_scale") for condition in conditions})
-    states = columns * math.ceil(scales * LATER_NOISES / processes) + 2 * args.teacher_steps * args.batch_size
-    held = 4 * elements * states / 2**20
-    lines.append(f"peak memory: {memory + held:,.0f} MiB, {memory:,.0f} for sampling and {held:,.0f} for derivatives")
-    return "\n".join(lines)
+    return "\n".join([*lines, _memory(pipe, conditions, settings, timed.elements)])
 
 
-def expected_calls(pipe: DiffusionPipeline, conditions: Sequence[dict], args: argparse.Namespace) -> dict[str, int]:
-    """Network calls of all processes for the teacher, the search for each number of steps, and the measurement."""
+@dataclass(frozen=True)
+class _Timed:
+    """Seconds of one network call, and elements of a sample's state."""
+
+    seconds: float
+    elements: int
+
+
+def _memory(pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Settings, elements: int) -> str:
+    sampling = peak_memory(pipe.device) / 2**20
+    if settings.evaluate_only:
+        return f"peak memory: {sampling:,.0f} MiB"
+    if settings.fitter == "gradient":
+        return f"peak memory: {sampling:,.0f} MiB, and what the network keeps for its gradient"
+    processes = PartialState().num_processes
+    held = derivative_bytes(settings.num_steps, elements, _num_variants(conditions), processes) / 2**20
+    return f"peak memory: {sampling + held:,.0f} MiB, {sampling:,.0f} for sampling and {held:,.0f} for derivatives"
+
+
+def _num_variants(conditions: Sequence[Mapping]) -> int:
+    return len({variant_of(condition) for condition in conditions})
+
+
+def _calls_per_evaluation(pipe: DiffusionPipeline, conditions: Sequence[Mapping]) -> int:
     calls = NetworkCalls(pipe)
     PipelineField(pipe, conditions[0], [0], calls).close()
     calls.remove()
-    per_sample, expected = calls.count, {}
-    if not args.evaluate_only:
-        scales = len({condition.get("guidance_scale") for condition in conditions})
-        expected |= _search_calls(pipe, args, per_sample, scales)
-    expected[MEASURING] = per_sample * _measuring_evaluations(pipe, args)
-    if args.image_metrics:
-        # To decode an image ends a call of the pipeline, and the next one has to be opened.
-        each = sum(num_steps + 1 for num_steps in args.num_steps) * _num_solvers(pipe)
-        expected[IMAGES] = per_sample * args.image_metrics * (EVALUATION_TEACHER * args.teacher_steps + 1 + each)
-    return expected
+    return calls.count
 
 
-def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[dict], batch_size: int) -> tuple[float, int]:
-    """Seconds of one network call, and elements of a sample's state."""
+def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], batch_size: int) -> _Timed:
     calls = NetworkCalls(pipe)
     opening, started = 0, 0.0
 
@@ -93,63 +119,36 @@ def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[dict], batch_size:
         opening, started = opening or samples, started or time.perf_counter()
 
     calls.on_call = skip_opening
-    (batch, *others) = make_batches(pipe, conditions, split_seeds(0, 0, batch_size), batch_size, TIMED_STEPS, calls)
+    batches = make_batches(pipe, conditions, split_seeds(0, 0, batch_size), batch_size, TIMED_STEPS, calls)
     if pipe.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    elements = sum(each.field.noise.numel() for each in (batch, *others)) // batch_size
-    for each in (batch, *others):
+    elements = sum(each.field.noise.numel() for each in batches) // batch_size
+    for each in batches:
         each.field.close()
     calls.remove()
-    return seconds / (calls.count - opening), elements
+    return _Timed(seconds / (calls.count - opening), elements)
 
 
-def _search_calls(pipe, args: argparse.Namespace, per_sample: int, scales: int) -> dict[str, int]:
+def _search_calls(
+    config: Mapping, conditions: Sequence[Mapping], settings: Settings, per_sample: int
+) -> dict[str, int]:
     """Network calls until the teacher is good enough, and for every step count, which spends what it may."""
-    few = FEW * 2 * SCREENING_STEPS + TEACHER_NOISES * (1.5 * args.teacher_steps + 3 * max(args.num_steps))
-    shared = scales * args.teacher_steps * (FIRST_NOISES + LATER_NOISES)
-    expected, known = {TEACHER: int(per_sample * few)}, few
-    for num_steps in args.num_steps:
-        if args.fitter == "gradient":
-            # One opens the pipeline's call, and a backward evaluation is worth two forward ones.
-            each = args.teacher_steps + 1 + num_steps + 2 * (num_steps - 1)
-            calls = per_sample * (
-                args.num_samples * each + shared + known_evaluations(pipe.scheduler.config, num_steps)
-            )
+    setup, scales = setup_evaluations(settings.teacher_steps, max(settings.num_steps)), _num_variants(conditions)
+    shared = scales * shared_evaluations(settings.teacher_steps)
+    expected, known = {TEACHER: per_sample * setup}, setup
+    for num_steps in settings.num_steps:
+        if settings.fitter == "gradient":
+            recipe = Recipe(num_samples=settings.num_samples, teacher_steps=settings.teacher_steps)
+            evaluations = recipe_evaluations(recipe, num_steps) + judging_evaluations(config, num_steps)
+            calls = per_sample * (evaluations + (shared if known == setup else 0))
         else:
-            budget = scales * usual_calls(num_steps) if args.max_calls is None else args.max_calls
+            budget = scales * usual_calls(num_steps) if settings.max_calls is None else settings.max_calls
             calls = budget - per_sample * known
         expected[f"{num_steps} steps"] = max(0, int(calls))
         # The noises of the first step count are there for the others.
-        known = few + shared
+        known = setup + shared
     return expected
-
-
-def known_evaluations(config, num_steps: int) -> int:
-    """Evaluations of the race of known tables, and of judging the best."""
-    tables = len(known_tables(config, num_steps))
-    noises, raced = 0, 0.0
-    for count, share in RUNGS:
-        raced, noises = raced + share * tables * (count - noises), count
-    # Of every run, the first two predictions are mostly shared.
-    return int(raced * max(1, num_steps - 1.5)) + 4 * JUDGES * num_steps
-
-
-def _measuring_evaluations(pipe: DiffusionPipeline, args: argparse.Namespace) -> int:
-    """Evaluations of one sample that `measure` makes."""
-    tuning = args.evaluate_only and args.solver is not None
-    samples = args.num_eval_samples + (RUNGS[-1][0] if tuning else 0)
-    evaluations = EVALUATION_TEACHER * args.teacher_steps * samples
-    for num_steps in args.num_steps:
-        # Solvers share their first predictions.
-        evaluations += int((num_steps - 0.5) * args.num_eval_samples * _num_solvers(pipe))
-        evaluations += known_evaluations(pipe.scheduler.config, num_steps) if tuning else 0
-    return evaluations
-
-
-def _num_solvers(pipe: DiffusionPipeline) -> int:
-    """The searched one, the best classical table and each of diffusers' families."""
-    return 2 + len(diffusers_schedulers(pipe.scheduler.config))
 
 
 def _duration(seconds: float) -> str:

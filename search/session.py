@@ -1,120 +1,348 @@
-"""One search as the command line asks for it, by either fitter."""
+"""A search from a prepared pipeline to its files: what the command line and Python callers share."""
 
-import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
 
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
+from pydantic import TypeAdapter
 
-from diffusers_searched_solver import SearchedSolver
+from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, SolverFile
 
-from .fit.parameters import FRAME
+from .earlier import Earlier
 from .fit.problem import Problem, search_problem
-from .fit.strategy import Outcome, default_calls, fit_solver, judge_solver
+from .fit.strategy import Outcome, default_calls, fit_solver, given_solvers, judge_solver
 from .gradient.differentiable_network import DifferentiableNetwork
 from .gradient.recipe import Recipe, fit_by_gradient, recipe_teacher
+from .known.baselines import KnownTable, in_one_kind
 from .launch.journal import Journal
-from .launch.progress import TEACHER, Finding, Progress
-from .pipeline.field import NetworkCalls, PipelineField
-from .results.output import write_solvers
+from .launch.network_calls import NetworkCalls
+from .launch.processes import agree
+from .launch.progress import DRAWING, IMAGES, MEASURING, TEACHER, Finding, Progress
+from .measure.evaluate import SEARCHED
+from .measure.feature_network import FeatureNetwork
+from .measure.image_metrics import ImageMetrics, format_metrics, load_feature_network, measure_images
+from .measure.measuring import Evaluation, Measurement, final_numbers
+from .pipeline.field import PipelineField
+from .pipeline.loading import hub_repository
+from .results.output import draw, how_to_use, write_results, write_solvers
+from .results.record import Cost, Report, SearchRecord
+from .settings import Settings
 from .teacher.cache import TeacherCache, content_key
 from .teacher.memory import inference_memory, peak_memory
 from .teacher.splits import TRAIN_SEEDS, split_seeds
 
 
+# What a journal's outcomes depend on.
+OF_JOURNAL = (
+    "pipeline", "variant", "revision", "lora", "custom_pipeline", "num_steps", "class_labels", "all_prompts",
+    "guidance_scale", "sizes", "of_every_call", "measure", "num_eval_samples",
+    "image_metrics", "feature_network", "num_samples", "teacher_steps", "fitter", "start_solver", "max_calls",
+    "batch_size", "mixed_precision", "seed",
+)  # fmt: skip
+# Measuring may take this share of the search's network calls.
+MEASURING_SHARE = 0.5
 # Updates of the gradient fitter from one line to the next.
 UPDATES_PER_LINE = 50
+PACKAGES = "diffusers-searched-solver", "diffusers", "torch"
 
 
-def run_search(
-    pipe: DiffusionPipeline,
-    conditions: list[dict],
-    args: argparse.Namespace,
-    given: Mapping[int, SearchedSolver],
-    calls: NetworkCalls,
-    journal: Journal,
-    progress: Progress,
-) -> tuple[dict[int, Outcome], dict]:
+def heading(pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Settings) -> Report:
+    """A report without what is found."""
+    return Report(
+        pipeline=settings.pipeline,
+        pipeline_class=type(pipe).__name__,
+        base_model=hub_repository(settings.pipeline),
+        license=settings.license,
+        # Media as the paths that were given.
+        example={**conditions[0], **{k: v for k, v in settings.call_kwargs.items() if isinstance(v, str)}},
+        guidance_scale=settings.scale,
+        conditions=len(conditions),
+        dtype=str(getattr(pipe, "dtype", "torch.float32")).removeprefix("torch."),
+        seed=settings.seed,
+        processes=PartialState().num_processes,
+        versions={name: version(name) for name in PACKAGES},
+    )
+
+
+class Session:
     """
-    Search a solver for each step count; in `args.output_dir` are ever better ones meanwhile.
+    One run of the command line.
 
     Args:
-        given: Solvers to begin from, by number of steps.
+        pipe, conditions: What is searched for, and keyword arguments of its call that make one sample each.
+        settings: Of everything.
+        command (`str`): Which the report names.
+        network (*optional*): What images are compared by.
+        track: Is told numbers by name and how many came before, as `Accelerator.log`.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        conditions: Sequence[Mapping],
+        settings: Settings,
+        command: str,
+        network: FeatureNetwork | None,
+        track: Callable[[dict[str, float], int], object],
+    ):
+        self.pipe, self.conditions, self.settings, self.command = pipe, conditions, settings, command
+        self.network, self._track = network, track
+        self.cache, self.calls = TeacherCache(settings.cache_dir), NetworkCalls(pipe)
+        self._journal = settings.output_dir / "journal.jsonl"
+
+    def search(self, report: Report, earlier: Earlier, expected: Mapping[str, int]) -> Report:
+        """Search the step counts that are still missing, measure, write, draw."""
+        settings = self.settings
+        given = given_solvers(
+            self.pipe, settings.start_solver and SearchedSolverScheduler.from_pretrained(settings.start_solver)
+        )
+        of_journal = {name: getattr(settings, name) for name in OF_JOURNAL}
+        of_journal |= {name: version(name) for name in PACKAGES}
+        journal = Journal(self.calls, self._journal, of_journal, settings.resume)
+        with Progress(expected, self._track) as progress:
+            self.calls.on_call = progress.update
+            if journal.num_resumed:
+                progress.write(f"{journal.num_resumed} pieces of work are taken over from the run before.")
+            outcomes, record = self._searched(earlier, given, journal, progress)
+            report = replace(report, search=record)
+            solvers = {n: outcome.solver for n, outcome in outcomes.items()}
+            if settings.measure != "none":
+                tuned = {n: outcome.tuned for n, outcome in outcomes.items()}
+                report = replace(report, evaluation=self._measured(report, solvers, tuned, journal, progress))
+            if earlier.report is not None:
+                report, solvers = report.joined(earlier.report), dict(sorted({**earlier.solvers, **solvers}.items()))
+            self._write(report, solvers, report.provenance, progress)
+            journal.delete()
+            return self._drawn(report, solvers, progress)
+
+    def evaluate(
+        self,
+        report: Report,
+        solvers: Mapping[int, SearchedSolver],
+        provenance: Mapping[str, str] | None,
+        tuned: Mapping[int, Mapping[str, KnownTable]] | None,
+        expected: Mapping[str, int],
+    ) -> Report:
+        """
+        Measure solvers without searching.
+
+        Args:
+            report: With the search that found them, if there was one here.
+            provenance (*optional*): Where they come from otherwise.
+            tuned (*optional*): The best known tables as that search has found them.
+        """
+        with Progress(expected, self._track) as progress:
+            self.calls.on_call = progress.update
+            report = replace(report, evaluation=self._measured(report, solvers, tuned, Journal(self.calls), progress))
+            self._write(report, solvers, report.provenance if provenance is None else provenance, progress)
+            return self._drawn(report, solvers, progress)
+
+    def finish(self, earlier: Earlier) -> Report:
+        """Draw what a finished search has not drawn, and say if there is nothing to do."""
+        if PartialState().is_main_process:
+            # Of a search that was killed just before it would have deleted it.
+            self._journal.unlink(missing_ok=True)
+        if earlier.report.pictures or earlier.report.evaluation is None:
+            if PartialState().is_main_process:
+                print(f"The search in '{self.settings.output_dir}' is finished: there is nothing to go on with.")
+            return earlier.report
+        with Progress({DRAWING: 0}, self._track) as progress:
+            self.calls.on_call = progress.update
+            return self._drawn(earlier.report, earlier.solvers, progress)
+
+    def _searched(
+        self, earlier: Earlier, given: Mapping[int, SearchedSolver], journal: Journal, progress: Progress
+    ) -> tuple[dict[int, Outcome], SearchRecord]:
+        """The outcomes by number of steps; in the folder are ever better solvers meanwhile."""
+        settings, outcomes, costs = self.settings, {}, {}
+        memory = inference_memory(self.pipe, self.conditions[0], settings.batch_size)
+        progress.begin(TEACHER)
+        if settings.fitter == "gradient":
+            journal.check(self._fingerprint())
+        started = time.perf_counter()
+        of_problem = settings.seed, settings.teacher_steps, settings.batch_size, self.calls, self.cache
+        problem = search_problem(self.pipe, self.conditions, settings.num_steps, *of_problem)
+        if settings.fitter == "gauss-newton":
+            journal.check(problem.fingerprint())
+        seconds = time.perf_counter() - started
+        for num_steps in settings.num_steps:
+            progress.begin(f"{num_steps} steps")
+            before, started = journal.spent, time.perf_counter()
+            known = {**earlier.solvers, **{n: outcome.solver for n, outcome in outcomes.items()}, **given}
+            for outcome in self._steps(problem, num_steps, known, journal, progress):
+                new = num_steps not in outcomes or outcome.solver is not outcomes[num_steps].solver
+                outcomes[num_steps] = outcome
+                if new and PartialState().is_main_process:
+                    solvers = {**earlier.solvers, **{n: each.solver for n, each in outcomes.items()}}
+                    write_solvers(self.pipe, solvers, settings.output_dir, {"base_model": settings.pipeline})
+            progress.write(outcomes[num_steps].verdict)
+            costs[num_steps] = Cost(
+                problem.calls + journal.spent - before, round(time.perf_counter() - started + seconds, 2)
+            )
+        problem.close()
+        return outcomes, self._record(problem, outcomes, costs, peak_memory(self.pipe.device) / memory)
+
+    def _record(self, problem: Problem, outcomes: Mapping[int, Outcome], costs, memory: float) -> SearchRecord:
+        settings = self.settings
+        return SearchRecord(
+            command=self.command,
+            fitter=settings.fitter,
+            num_samples=problem.train.made if settings.fitter == "gauss-newton" else settings.num_samples,
+            teacher_steps=problem.teacher_steps,
+            least_teacher_steps=settings.teacher_steps,
+            teacher_error=problem.teacher_error,
+            teacher_network_calls=problem.calls,
+            calls_per_evaluation=problem.calls_per_evaluation,
+            hard_noises=problem.heavy,
+            verdicts={n: outcome.verdict for n, outcome in outcomes.items()},
+            improved={n: outcome.improved for n, outcome in outcomes.items()},
+            tuned={n: {f: table.setting for f, table in each.tuned.items()} for n, each in outcomes.items()},
+            costs=costs,
+            peak_memory_over_inference=memory,
+        )
+
+    def _steps(
+        self,
+        problem: Problem,
+        num_steps: int,
+        known: Mapping[int, SearchedSolver],
+        journal: Journal,
+        progress: Progress,
+    ) -> Iterator[Outcome]:
+        """Ever better outcomes for one step count, by either fitter."""
+        if self.settings.fitter == "gauss-newton":
+            limit = self.settings.max_calls
+            budget = default_calls(problem, num_steps) if limit is None else limit
+            return fit_solver(problem, num_steps, budget, journal, progress.found, known)
+        return self._by_gradient(problem, num_steps, journal, progress)
+
+    def _by_gradient(
+        self, problem: Problem, num_steps: int, journal: Journal, progress: Progress
+    ) -> Iterator[Outcome]:
+        settings = self.settings
+        first_seed = split_seeds(settings.seed, TRAIN_SEEDS, 1)[0]
+        network = DifferentiableNetwork(self.pipe, self.conditions, settings.batch_size, self.calls, first_seed)
+        recipe = Recipe(num_samples=settings.num_samples, teacher_steps=settings.teacher_steps)
+        updates = fit_by_gradient([network], num_steps, recipe, journal.remember)
+        before = journal.spent
+        for update, iteration in enumerate(updates, 1):
+            if update % UPDATES_PER_LINE == 0:
+                numbers = {"loss": iteration.loss, "network calls": journal.spent - before}
+                progress.found(Finding(num_steps, f"{iteration.num_samples:,} noises", numbers))
+        yield judge_solver(problem, in_one_kind(iteration.solver), journal, progress.found)
+
+    def _fingerprint(self) -> str:
+        """What the network makes of the first noise."""
+        seeds = split_seeds(self.settings.seed, TRAIN_SEEDS, 1)
+        field = PipelineField(self.pipe, self.conditions[0], seeds, self.calls)
+        fingerprint = content_key(field, recipe_teacher(field.process, self.settings.teacher_steps))
+        field.close()
+        return fingerprint
+
+    def _measured(self, report: Report, solvers, tuned, journal: Journal, progress: Progress) -> Evaluation:
+        settings, search = self.settings, report.search
+        budget = float("inf")
+        if search is not None:
+            budget = MEASURING_SHARE * search.network_calls / search.calls_per_evaluation
+        progress.begin(MEASURING)
+        measurement = Measurement(
+            self.pipe,
+            self.conditions,
+            settings.teacher_steps if search is None else search.teacher_steps,
+            settings.measure == "full",
+            settings.num_eval_samples,
+            budget,
+            settings.seed,
+            settings.batch_size,
+            self.cache,
+            journal,
+            progress,
+        )
+        tuned = measurement.tune(list(solvers)) if tuned is None else tuned
+        error = None if search is None else search.teacher_error
+        evaluation = measurement.evaluate(solvers, tuned, error, self.command)
+        if self.network is not None:
+            progress.begin(IMAGES)
+            images = TypeAdapter(ImageMetrics).validate_python(
+                journal.remember(lambda: agree(self._images(solvers, tuned, evaluation)))
+            )
+            evaluation = replace(evaluation, image_metrics=images)
+            for n, rows in images.results.items():
+                progress.write(f"\n{n} steps, {images.num_samples} images\n{format_metrics(rows)}")
+        progress.track(final_numbers(evaluation))
+        return evaluation
+
+    def _images(self, solvers, tuned, evaluation: Evaluation) -> dict | None:
+        samplers = {
+            n: {SEARCHED: solver, **{family: table.solver for family, table in tuned[n].items()}}
+            for n, solver in solvers.items()
+        }
+        steps, settings = evaluation.teacher_steps, self.settings.of_images
+        found = measure_images(self.pipe, self.conditions, samplers, self.network, steps, settings, self.calls)
+        return None if found is None else asdict(found)
+
+    def _write(self, report: Report, solvers, provenance: Mapping[str, str], progress: Progress):
+        if PartialState().is_main_process:
+            write_results(self.pipe, solvers, report, self.settings.output_dir, provenance)
+            for verdict in report.verdicts.values() if report.evaluation is not None else ():
+                progress.write(str(verdict))
+            progress.write(how_to_use(self.settings.output_dir))
+
+    def _drawn(self, report: Report, solvers, progress: Progress) -> Report:
+        """The report with pictures, which the main process draws."""
+        if report.evaluation is None:
+            return report
+        progress.begin(DRAWING)
+        report = replace(report, pictures=True)
+        if PartialState().is_main_process:
+            each = 1 if report.search is None else report.search.calls_per_evaluation
+            settings, update = self.settings, lambda evaluations: progress.update(each * evaluations)
+            of_drawing = settings.output_dir, settings.batch_size, update
+            progress.write(draw(self.pipe, self.conditions, solvers, report, *of_drawing))
+        return report
+
+
+def measure(
+    pipe: DiffusionPipeline,
+    solver: SearchedSolver | SolverFile | SearchedSolverScheduler,
+    conditions: Sequence[Mapping],
+    output_dir: str | Path,
+    name: str | None = None,
+    **settings,
+) -> Report:
+    """
+    Measure solvers of a pipeline, whoever prepared it, beside everything that is known, and write `report.html`.
+
+        report = measure(pipe, outcome.solver, [{"class_labels": [k]} for k in range(10)], "out")
+        print(report.verdicts[8])
+
+    Args:
+        pipe: Any pipeline: your own class, with a LoRA, quantised.
+        solver: One table, or the tables of several step counts.
+        conditions: As in [`find_solver`].
+        output_dir: Where the solver and the report are written.
+        name (`str`, *optional*): What the report calls the pipeline; by default where it was loaded from.
+        settings: Of `Settings`: `measure`, `num_eval_samples`, `image_metrics`, `teacher_steps`, `batch_size`, `seed`.
 
     Returns:
-        The outcomes by number of steps, and the `search` of a report, i.e. what they cost and are worth.
+        `Report`: What was found: rows by number of steps in `evaluation.results`, sentences in `verdicts`.
+
+    Raises:
+        ValueError: If a setting is out of range, or the solver is for another kind of process.
     """
-    outcomes, costs = {}, {}
-    memory = inference_memory(pipe, conditions[0], args.batch_size)
-    calls.on_call = progress.update
-    progress.begin(TEACHER)
-    if args.fitter == "gradient":
-        journal.check(_fingerprint(pipe, conditions[0], args, calls))
-    started = time.perf_counter()
-    settings = args.seed, args.teacher_steps, args.batch_size, calls, TeacherCache(args.cache_dir)
-    problem = search_problem(pipe, conditions, args.num_steps, *settings)
-    if args.fitter == "gauss-newton":
-        journal.check(problem.fingerprint())
-    seconds = time.perf_counter() - started
-    for num_steps in args.num_steps:
-        progress.begin(f"{num_steps} steps")
-        before, started = journal.spent, time.perf_counter()
-        if args.fitter == "gauss-newton":
-            found = {n: outcome.solver for n, outcome in outcomes.items()}
-            budget = default_calls(problem, num_steps) if args.max_calls is None else args.max_calls
-            steps = fit_solver(problem, num_steps, budget, journal, progress.found, {**found, **given})
-        else:
-            steps = _fit_by_gradient(pipe, conditions, args, calls, problem, journal, progress.found, num_steps)
-        for outcome in steps:
-            if num_steps not in outcomes or outcome.solver is not outcomes[num_steps].solver:
-                outcomes[num_steps] = outcome
-                if PartialState().is_main_process:
-                    solvers = {n: outcome.solver for n, outcome in outcomes.items()}
-                    write_solvers(pipe, solvers, args.output_dir, {"base_model": args.pipeline})
-            outcomes[num_steps] = outcome
-        progress.write(outcomes[num_steps].verdict)
-        costs[str(num_steps)] = {
-            "network_calls": problem.calls + journal.spent - before,
-            "seconds": round(time.perf_counter() - started + seconds, 2),
-        }
-    calls.remove()
-    problem.close()
-    return outcomes, {
-        "fitter": args.fitter,
-        "num_samples": problem.train.made if args.fitter == "gauss-newton" else args.num_samples,
-        "teacher_steps": problem.teacher_steps,
-        "least_teacher_steps": args.teacher_steps,
-        "teacher_network_calls": problem.calls,
-        "hard_noises": problem.heavy,
-        "verdicts": {str(n): outcome.verdict for n, outcome in outcomes.items()},
-        "improved": {str(n): outcome.improved for n, outcome in outcomes.items()},
-        "tuned": {str(n): {f: table.setting for f, table in o.tuned.items()} for n, o in outcomes.items()},
-        "cost_with_teacher": costs,
-        "peak_memory_over_inference": peak_memory(pipe.device) / memory,
-    }
-
-
-def _fingerprint(pipe, condition: dict, args, calls) -> str:
-    """What the network makes of the first noise."""
-    field = PipelineField(pipe, condition, split_seeds(args.seed, TRAIN_SEEDS, 1), calls)
-    fingerprint = content_key(field, recipe_teacher(field.process, args.teacher_steps))
-    field.close()
-    return fingerprint
-
-
-def _fit_by_gradient(
-    pipe, conditions, args, calls, problem: Problem, journal: Journal, tell: Callable[[Finding], None], num_steps: int
-) -> Iterator[Outcome]:
-    first_seed = split_seeds(args.seed, TRAIN_SEEDS, 1)[0]
-    network = DifferentiableNetwork(pipe, conditions, args.batch_size, calls, first_seed)
-    recipe = Recipe(num_samples=args.num_samples, teacher_steps=args.teacher_steps)
-    updates = fit_by_gradient([network], num_steps, recipe, journal.remember)
-    before = journal.spent
-    for update, iteration in enumerate(updates, 1):
-        if update % UPDATES_PER_LINE == 0:
-            numbers = {"loss": iteration.loss, "network calls": journal.spent - before}
-            tell(Finding(num_steps, f"{iteration.num_samples:,} noises", numbers))
-    solver = replace(iteration.solver.in_frame(FRAME), consistent=False)
-    yield judge_solver(problem, solver, journal, tell)
+    name = name or str(getattr(pipe.config, "_name_or_path", None) or type(pipe).__name__)
+    settings = Settings(pipeline=name, output_dir=Path(output_dir), evaluate_only=True, solver="given", **settings)
+    given = solver.solver_file if isinstance(solver, SearchedSolverScheduler) else solver
+    file = SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=given).solver_file
+    network = load_feature_network(pipe, conditions[0], settings.of_images)
+    session = Session(pipe, conditions, settings, "search.measure(...)", network, lambda *_: None)
+    report = heading(pipe, conditions, settings)
+    stages = {MEASURING: 0, IMAGES: 0, DRAWING: 0}
+    try:
+        return session.evaluate(report, dict(file.solvers), dict(file.provenance), None, stages)
+    finally:
+        session.calls.remove()

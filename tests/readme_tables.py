@@ -1,9 +1,9 @@
 """
-The README's tables, made from what searches and benchmarks have written to `examples/results`.
+The tables of the READMEs, made from what searches and benchmarks have written to `examples/results`.
 
     python tests/readme_tables.py
 
-writes them into README.md. `tests/test_readme.py` makes sure that they are what they would be.
+writes them into the pages. `tests/test_readme.py` makes sure that they are what they would be.
 """
 
 import itertools
@@ -11,18 +11,21 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from search.measure.evaluate import is_diffusers_scheduler
+from search.known.baselines import CLASSICAL
+from search.measure.evaluate import SEARCHED
 from search.measure.image_metrics import TEACHER
+from search.results.record import Report
 
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "examples" / "results"
+PAGES = [ROOT / folder / "README.md" for folder in (".", "search", "examples", "examples/results")]
 PIPELINES = "digits-dit", "digits-sit"
 KINDS = {"digits-dit": "VP, epsilon", "digits-sit": "flow matching"}
 
 
-def report_of(pipeline: str) -> dict:
-    return json.loads((RESULTS / pipeline / "report.json").read_text())
+def report_of(pipeline: str) -> Report:
+    return Report.read(RESULTS / pipeline)
 
 
 def rows_of(benchmark: str, **key) -> list[dict]:
@@ -34,31 +37,29 @@ def rows_of(benchmark: str, **key) -> list[dict]:
 def results() -> Iterator[Sequence]:
     for name in PIPELINES:
         report = report_of(name)
-        for num_steps, table in report["evaluation"]["results"].items():
-            searched = next(row for row in table if row["solver"] == "searched")
-            classical = next(row for row in table if row["solver"] == "classical table")
-            diffusers = next(row for row in table if is_diffusers_scheduler(row))
-            cost = report["search"]["cost_with_teacher"][num_steps]
+        for num_steps, summary in report.summaries.items():
+            searched, diffusers, classical = summary.searched, summary.diffusers, summary.classical
+            cost = report.search.costs[num_steps]
             yield (
                 f"{name} ({KINDS[name]})",
                 num_steps,
-                f"{searched['endpoint_error']:.4f}",
-                f"{diffusers['endpoint_error']:.4f} ({diffusers['solver']})",
-                f"{classical['endpoint_error']:.4f}",
-                f"{diffusers['ratio']:.2f}, {classical['ratio']:.2f}",
-                f"{cost['network_calls']:,}",
-                f"{cost['seconds']:.0f}",
+                f"{searched.endpoint_error:.4f}",
+                f"{diffusers.endpoint_error:.4f} ({diffusers.solver})",
+                f"{classical.endpoint_error:.4f}",
+                f"{diffusers.contest.ratio:.2f}, {classical.contest.ratio:.2f}",
+                f"{cost.network_calls:,}",
+                f"{cost.seconds:.0f}",
             )
 
 
 def images() -> Iterator[Sequence]:
     for name in PIPELINES:
-        for num_steps, table in report_of(name)["evaluation"]["image_metrics"]["results"].items():
-            searched = next(row for row in table if row["solver"] == "searched")
-            rivals = [row for row in table if is_diffusers_scheduler(row) and row["solver"] != TEACHER]
-            nearest = min(rivals, key=lambda row: row["fid"])
-            cells = (f"{searched[key]:{form}} / {nearest[key]:{form}}" for key, form in METRICS.items())
-            yield (f"{name}, {num_steps}", nearest["solver"], *cells)
+        for num_steps, rows in report_of(name).evaluation.image_metrics.results.items():
+            metrics = {row.solver: row.metrics for row in rows if row.solver not in (TEACHER, CLASSICAL)}
+            searched = metrics.pop(SEARCHED)
+            nearest = min(metrics, key=lambda solver: metrics[solver]["fid"])
+            cells = (f"{searched[key]:{form}} / {metrics[nearest][key]:{form}}" for key, form in METRICS.items())
+            yield (f"{name}, {num_steps}", nearest, *cells)
 
 
 METRICS = {"psnr": ".1f", "ssim": ".3f", "fid": ".5f"}
@@ -156,5 +157,5 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text()))
+    for path in PAGES:
+        path.write_text(with_tables(path.read_text()))

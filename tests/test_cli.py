@@ -32,7 +32,7 @@ from diffusers_searched_solver.check import REFERENCE_STEPS, count_steps
 from diffusers_searched_solver.cli import main
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
 from search.pipeline.loading import load_pipeline
-from search.run import parse_arguments
+from search.settings import parse_settings
 
 
 ROOT = Path(__file__).parent.parent
@@ -372,9 +372,9 @@ def test_check_finds_a_bad_solver_bad_and_says_how_to_search(tmp_path, capsys, d
     assert answer.startswith("Not better than your FlowMatchEulerDiscreteScheduler in 5 steps: keep yours there")
     launched = shlex.split(command)
     assert launched[:3] == ["accelerate", "launch", "search/run.py"]
-    searched = parse_arguments(launched[3:])
-    assert (searched.pipeline, searched.num_steps, searched.guidance_scale) == (SIT, [5], 2.0)
-    assert (searched.class_labels, searched.call_kwargs) == (["three", "4"], {"guidance_channels": 1})
+    searched = parse_settings(launched[3:])
+    assert (searched.pipeline, searched.num_steps, searched.guidance_scale) == (SIT, (5,), (2.0,))
+    assert (searched.class_labels, searched.call_kwargs) == (("three", "4"), {"guidance_channels": 1})
 
 
 def test_check_finds_the_pipelines_own_scheduler_no_better_than_itself(tmp_path, capsys, digits):

@@ -13,7 +13,7 @@ from search.fit.strategy import default_calls, fit_solver
 from search.launch.journal import Journal
 from search.pipeline.field import NetworkCalls
 from search.pipeline.loading import load_pipeline
-from search.run import parse_arguments
+from search.settings import Settings
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -22,9 +22,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.mark.parametrize("name", ["digits-dit", "digits-sit"])
 @pytest.mark.parametrize("num_steps", [3, 5])
 def test_a_search_costs_as_many_network_calls_as_was_said_within_a_fifth(name, num_steps, tmp_path):
-    args = parse_arguments(
-        ["--pipeline", str(EXAMPLES / name), "--output-dir", str(tmp_path), "--num-steps", str(num_steps)]
-    )
+    args = Settings(str(EXAMPLES / name), tmp_path, num_steps=(num_steps,))
     pipe = load_pipeline(args.pipeline, torch.float32, torch.device("cpu"))
     conditions = build_conditions(pipe, None, None, 2.0, {})
     lines = estimate(pipe, conditions, args)

@@ -38,7 +38,7 @@ def report_of(folder):
 
 
 def test_two_processes_measure_again_what_one_has_measured_bit_for_bit(searched, again):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
     arguments = [*PIPELINE, *SETTINGS, *NETWORK, "--output-dir", str(again), "--evaluate-only"]
     (again / "report.html").unlink()
     result = subprocess.run(
@@ -47,9 +47,11 @@ def test_two_processes_measure_again_what_one_has_measured_bit_for_bit(searched,
     assert result.returncode == 0, result.stderr
     before, after = report_of(searched), report_of(again)
     commands = [report["evaluation"].pop("command") for report in (before, after)]
+    processes = [report.pop("processes") for report in (before, after)]
+    assert processes == [1, 2]
     assert after == before
     assert len(after["evaluation"]["image_metrics"]["results"]["2"]) == 10
-    assert commands[0] == after["command"] != commands[1]
+    assert commands[0] == after["search"]["command"] != commands[1]
     html = (again / "report.html").read_text()
     assert "--evaluate-only" in html and "What the search cost" in html
     assert (again / SOLVER_FILE).read_bytes() == (searched / SOLVER_FILE).read_bytes()
@@ -60,7 +62,7 @@ def test_a_solver_from_elsewhere_is_measured_and_kept_as_what_it_is(tmp_path):
     options = "--evaluate-only --solver dit-xl-2-256 --num-steps 5 --num-eval-samples 4 --teacher-steps 10".split()
     main([*pipeline, *options, "--output-dir", str(tmp_path / "out")])
     report = report_of(tmp_path / "out")
-    assert "search" not in report
+    assert report["search"] is None
     assert list(report["evaluation"]["results"]) == ["5"]
     file = SearchedSolverScheduler.from_pretrained(tmp_path / "out").solver_file
     assert file.provenance == SearchedSolverScheduler.from_pretrained("dit-xl-2-256").solver_file.provenance

@@ -1,6 +1,5 @@
 """Image metrics: the formulas against their definitions, and the measurement that streams images through them."""
 
-import argparse
 import gc
 import math
 import sys
@@ -20,7 +19,7 @@ from diffusers_searched_solver.calls import build_conditions
 from diffusers_searched_solver.check import teacher_solver
 from search.measure import image_metrics
 from search.measure.feature_network import FeatureNetwork
-from search.measure.image_metrics import format_metrics, load_feature_network, measure_images
+from search.measure.image_metrics import ImageSettings, format_metrics, load_feature_network, measure_images
 from search.measure.metrics import (
     BLOCK,
     frechet_distance,
@@ -235,21 +234,19 @@ def measure(pipe, tmp_path):
     """Measures images of Adams-Bashforth tables of so many steps."""
 
     def measure(step_counts, **changes):
-        args = argparse.Namespace(
-            image_metrics=16,
-            reference_images=None,
-            feature_network=str(EXAMPLES / "digits_features.py"),
-            output_dir=tmp_path / "out",
-            seed=0,
-            batch_size=4,
-        )
-        vars(args).update(changes)
+        given = {
+            "num_images": 16,
+            "reference": None,
+            "feature_network": str(EXAMPLES / "digits_features.py"),
+            **changes,
+        }
+        settings = ImageSettings(**given, folder=tmp_path / "out", seed=0, batch_size=4)
         conditions = build_conditions(pipe, None, None, 2.0, {})
-        network = load_feature_network(pipe, conditions[0], args)
+        network = load_feature_network(pipe, conditions[0], settings)
         process = process_from_config(pipe.scheduler.config)
         tables = {n: {"AB3": teacher_solver(process, n)} for n in step_counts}
         calls = NetworkCalls(pipe)
-        found = measure_images(pipe, conditions, tables, network, TEACHER_STEPS, args, calls)
+        found = measure_images(pipe, conditions, tables, network, TEACHER_STEPS, settings, calls)
         calls.remove()
         return found
 
@@ -257,7 +254,9 @@ def measure(pipe, tmp_path):
 
 
 def test_the_teacher_is_at_no_distance_from_itself_and_more_steps_are_nearer_than_fewer(measure):
-    (few, _), (more, _), (same, teacher) = measure([7, 14, TEACHER_STEPS])["results"].values()
+    (few, _), (more, _), (same, teacher) = (
+        (row.metrics for row in rows) for rows in measure([7, 14, TEACHER_STEPS]).results.values()
+    )
     assert (same["psnr"], same["ssim"], same["kid"]) == (math.inf, 1, 0)
     assert (same["precision"], same["recall"]) == (1, 1)
     # tr (C C)^(1/2) of covariances without full rank, in float64.
@@ -282,7 +281,7 @@ def test_images_are_those_of_ordinary_calls_of_the_pipeline(measure, pipe):
     few, many = (ordinary_images(pipe, num_steps, 8, output_type="np") for num_steps in (5, TEACHER_STEPS))
     psnr = -10 * np.log10(((few - many) ** 2).mean((1, 2, 3))).mean()
     # Networks are called with four samples here and with eight there.
-    assert measure([5], image_metrics=8)["results"]["5"][0]["psnr"] == pytest.approx(psnr, rel=1e-4)
+    assert measure([5], num_images=8).results[5][0].metrics["psnr"] == pytest.approx(psnr, rel=1e-4)
 
 
 def test_no_batch_is_kept_while_the_next_one_is_measured(measure, monkeypatch):
@@ -303,9 +302,9 @@ def test_images_in_a_folder_are_a_reference_for_the_teacher_too(measure, pipe, t
     (tmp_path / "real").mkdir()
     for k, image in enumerate(ordinary_images(pipe, TEACHER_STEPS, 16)):
         image.save(tmp_path / "real" / f"{k}.png")
-    found = measure([5], reference_images=tmp_path / "real")
-    assert found["reference"] == str(tmp_path / "real")
-    table, teacher = found["results"]["5"]
+    found = measure([5], reference=tmp_path / "real")
+    assert found.reference == str(tmp_path / "real")
+    table, teacher = (row.metrics for row in found.results[5])
     # The folder has the teacher's own images, but for rounding to bytes after calls of another batch size.
     assert teacher["fid"] == pytest.approx(0, abs=1e-4)
     assert (teacher["precision"], teacher["recall"]) == (1, 1)
@@ -315,17 +314,17 @@ def test_images_in_a_folder_are_a_reference_for_the_teacher_too(measure, pipe, t
 
 
 def test_without_a_network_there_are_psnr_and_ssim(measure):
-    (row,) = measure([3], feature_network="none")["results"]["3"]
-    assert list(row) == ["solver", "psnr", "ssim"]
+    (row,) = measure([3], feature_network="none").results[3]
+    assert list(row.metrics) == ["psnr", "ssim"]
     assert "FID" not in format_metrics([row])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_metrics": 3}, "`--image-metrics` is 3, expected 0 or at least 8 images"),
+        ({"num_images": 3}, "`--image-metrics` is 3, expected 0 or at least 8 images"),
         (
-            {"reference_images": EXAMPLES / "results"},
+            {"reference": EXAMPLES / "results"},
             "`--reference-images` .*results has 2 images, expected at least 8",
         ),
         ({"feature_network": "other.pt"}, "The feature network 'other.pt' cannot be loaded"),
@@ -338,9 +337,9 @@ def test_what_cannot_be_measured_is_refused_before_the_search(measure, changes, 
 
 
 def test_a_pipeline_that_makes_videos_is_refused_before_the_search():
-    args = argparse.Namespace(image_metrics=8, reference_images=None, feature_network="none")
+    settings = ImageSettings(8, "none", None, 4, 0, Path("out"))
     with pytest.raises(ValueError, match="`--image-metrics` needs images. LTXPipeline makes none"):
-        load_feature_network(build("ltx").pipe, build("ltx").inputs, args)
+        load_feature_network(build("ltx").pipe, build("ltx").inputs, settings)
 
 
 def test_reference_images_of_two_sizes_are_refused(tmp_path):

@@ -98,7 +98,7 @@ def test_the_paper_s_recipe_too_ends_with_the_best_that_is_known(tmp_path):
         text = (tmp_path / "out" / name).read_text()
         assert "searching has not improved on" in text.replace("\\", "")
     searched = next(row for row in report["evaluation"]["results"]["4"] if row["solver"] == "searched")
-    best = min(row["endpoint_error"] for row in report["evaluation"]["results"]["4"] if row["solver"] != "searched")
+    best = min(row["endpoint_error"] for row in report["evaluation"]["results"]["4"] if row["from_diffusers"])
     # Eight noises may rank them otherwise than those that judged.
     assert searched["endpoint_error"] < 1.5 * best
 
@@ -203,7 +203,7 @@ def test_one_sample_of_few_may_lift_a_root_mean_square_a_little_by_chance_but_no
 
 def test_errors_that_are_not_finite_or_zero_have_a_place():
     assert score(torch.tensor([0.1, torch.nan]), torch.ones(2)) == np.inf
-    assert Contest.of(torch.tensor([torch.inf, 0.1]), torch.ones(2)).rank(strict=False) == np.inf
+    assert Contest.of(torch.tensor([torch.inf, 0.1]), torch.ones(2)).rank(strict=False) > 1e6
     assert Contest.of(torch.zeros(3), torch.zeros(3)).ratio == 1
 
 

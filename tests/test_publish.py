@@ -21,7 +21,8 @@ from search.pipeline.loading import hub_repository
 from search.results.card import check_place, write_card
 from search.results.publish import FILES, PublishError, check_target, publish
 from search.results.publish import main as publish_main
-from search.run import main, parse_arguments
+from search.run import main
+from search.settings import Settings
 
 
 ROOT = Path(__file__).parent.parent
@@ -93,13 +94,17 @@ def test_the_card_has_the_reports_numbers_exactly(folder):
         for row in rows:
             name, value, interval = "End-point error", row["endpoint_error"], row["error_interval"]
             if row["solver"] != "searched":
-                name, value, interval = f"Error / {row['solver']}'s", row["ratio"], row["ratio_interval"]
+                name = f"Error / {row['solver']}'s"
+                value, interval = row["contest"]["ratio"], row["contest"]["ratio_interval"]
             expected[f"{num_steps} steps", name] = (value, interval)
     assert len(expected) >= 2 * 8
     assert found == expected
     for num_steps, rows in evaluation["image_metrics"]["results"].items():
         for row in rows:
-            shown = "|".join(f" {row[name]:#.3g} ".replace(". ", " ") if name in row else "  " for name in COLUMNS)
+            shown = "|".join(
+                f" {row['metrics'][name]:#.3g} ".replace(". ", " ") if name in row["metrics"] else "  "
+                for name in COLUMNS
+            )
             assert f"| {num_steps} | {row['solver']} |{shown}|" in card_of(folder).splitlines()
 
 
@@ -159,8 +164,8 @@ def test_a_pipeline_is_a_hub_repository_unless_there_is_such_a_folder(name, repo
 
 
 def test_the_card_has_the_exact_command(folder):
-    assert f"```bash\n{report_of(folder)['command']}\n```" in card_of(folder)
-    assert "--num-steps 2 4" in report_of(folder)["command"]
+    assert f"```bash\n{report_of(folder)['search']['command']}\n```" in card_of(folder)
+    assert "--num-steps 2 4" in report_of(folder)["search"]["command"]
 
 
 def test_the_card_without_images_shows_none(folder):
@@ -192,7 +197,7 @@ def test_strings_from_elsewhere_are_text_in_the_card(folder):
     change_report(
         folder,
         evaluation=report["evaluation"],
-        command=INJECTION,
+        search=report["search"] | {"command": INJECTION},
         pipeline=INJECTION,
         example={"prompt": INJECTION},
         versions={INJECTION: INJECTION},
@@ -205,7 +210,8 @@ def test_strings_from_elsewhere_are_text_in_the_card(folder):
 def test_a_rival_that_diverges_is_left_out_of_the_metadata(folder):
     evaluation = report_of(folder)["evaluation"]
     rival = evaluation["results"]["2"][-1]
-    rival |= {"endpoint_error": math.inf, "ratio": math.nan, "ratio_interval": [math.nan, math.nan]}
+    rival["endpoint_error"] = None
+    rival["contest"] |= {"ratio": None, "ratio_interval": [None, None]}
     change_report(folder, evaluation=evaluation)
     write_card(folder, REPO)
     metrics = ModelCard.load(folder / "README.md").data.eval_results
@@ -258,7 +264,7 @@ def test_uploading_again_updates_in_one_commit_and_leaves_other_files_alone(fold
     before = len(online.repos["org/updated"].commits)
     change_report(folder, seed=7)
     (folder / "images.png").unlink()
-    (folder / "journal.json").write_text("not to be uploaded")
+    (folder / "journal.jsonl").write_text("not to be uploaded")
     publish_main([str(folder), "org/updated"])
     assert len(online.repos["org/updated"].commits) == before + 1
     uploaded = files(online, "org/updated")
@@ -279,7 +285,7 @@ def test_an_upload_that_fails_loses_nothing_and_says_how_to_try_again(folder, on
     with online.fault(match, status), pytest.raises(PublishError, match=f"not uploaded to .*{message}") as caught:
         publish(folder, "org/refused")
     command = str(caught.value).splitlines()[-1].split()
-    assert command == ["python", "-m", "search.publish", str(folder), "org/refused"]
+    assert command == ["python", "-m", "search.results.publish", str(folder), "org/refused"]
     assert all((folder / name).read_bytes() == content for name, content in before.items())
     publish_main(command[3:])
     assert set(files(online, "org/refused")) == set(FILES)
@@ -332,7 +338,7 @@ def test_nobody_is_logged_in_is_said_before_the_search(monkeypatch, tmp_path):
 
 
 def test_a_search_is_not_uploaded_unless_asked():
-    assert parse_arguments(["--pipeline", "x", "--output-dir", "y"]).push_to_hub is None
+    assert Settings("x", Path("y")).push_to_hub is None
 
 
 def test_a_search_whose_upload_is_refused_leaves_all_and_fails(hub, tmp_path):

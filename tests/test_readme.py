@@ -1,4 +1,4 @@
-"""The README says what is so: its code runs, and its numbers are those of the committed reports."""
+"""The READMEs say what is so: their code runs, their links lead somewhere, their numbers are those of the reports."""
 
 import re
 import shlex
@@ -7,24 +7,37 @@ import sys
 from pathlib import Path
 
 import pytest
-from readme_tables import PIPELINES, ROOT, report_of, with_tables
+from readme_tables import PAGES, PIPELINES, ROOT, report_of, with_tables
 
 from search.fit.strategy import usual_calls
 
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SHELL = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+TEXTS = {str(page.parent.relative_to(ROOT)): page.read_text() for page in PAGES}
+BLOCKS = [block for text in TEXTS.values() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+SHELL = [block for text in TEXTS.values() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
 
 
-def run(command):
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def run(command, cwd=ROOT):
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_every_python_block_runs(block):
-    run([sys.executable, "-c", block])
+def test_every_python_block_runs(block, tmp_path):
+    # Some write here.
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    run([sys.executable, "-c", block], tmp_path)
+
+
+def test_a_stranger_in_a_hurry_reads_at_most_120_lines():
+    assert len(README.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_link_to_a_file_leads_to_one(page):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXTS[page]):
+        assert (ROOT / page / link).exists(), link
 
 
 def test_the_search_that_is_shown_runs(tmp_path):
@@ -43,27 +56,31 @@ def test_what_is_installed_for_development_is_what_ci_installs():
 
 def test_no_other_shell_block_goes_untested():
     # Beside these two: the package alone is installed by CI too, and `tests/test_convert.py` runs the conversion.
-    kinds = ("pip install torch -e .", "python3 -m venv", "hf download", "python3 -m venv")
+    kinds = ("pip install torch -e .", "python3 -m venv", "python3 -m venv", "hf download")
     assert [next(kind for kind in kinds if block.startswith(kind)) for block in SHELL] == [*kinds]
 
 
-def test_the_tables_are_those_of_the_committed_reports():
+@pytest.mark.parametrize("page", TEXTS)
+def test_the_tables_are_those_of_the_committed_reports(page):
     """`python tests/readme_tables.py` writes them."""
-    assert with_tables(README) == README
+    assert with_tables(TEXTS[page]) == TEXTS[page]
 
 
 def test_the_memory_of_the_searches_is_that_of_the_reports():
-    ratios = sorted(f"{report_of(name)['search']['peak_memory_over_inference']:.2f}" for name in PIPELINES)
-    assert f"Peak memory of the searches was {' and '.join(ratios)} times" in " ".join(README.split())
+    ratios = sorted(f"{report_of(name).search.peak_memory_over_inference:.2f}" for name in PIPELINES)
+    assert f"Peak memory of the searches was {' and '.join(ratios)} times" in " ".join(
+        TEXTS["examples/results"].split()
+    )
 
 
 def test_the_searched_solvers_of_the_reports_beat_every_rival_within_their_budget():
     for name in PIPELINES:
         report = report_of(name)
-        for table in report["evaluation"]["results"].values():
-            for row in table:
-                assert row["solver"] == "searched" or row["ratio"] < 0.65 and row["geometric_mean"] < 0.65
-        for num_steps, cost in report["search"]["cost_with_teacher"].items():
+        contests = [
+            row.contest for rows in report.evaluation.results.values() for row in rows if row.contest is not None
+        ]
+        assert all(contest.ratio < 0.65 and contest.geometric_mean < 0.65 for contest in contests)
+        for num_steps, cost in report.search.costs.items():
             # To open a call of the pipeline is an evaluation more.
-            assert cost["network_calls"] <= 1.03 * usual_calls(int(num_steps))
-        assert all(report["search"]["improved"].values())
+            assert cost.network_calls <= 1.03 * usual_calls(num_steps)
+        assert all(verdict.use for verdict in report.verdicts.values())

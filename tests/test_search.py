@@ -21,7 +21,7 @@ from search import find_solver, search_solver
 from search.fit.parameters import SolverFamily
 from search.fit.problem import search_problem
 from search.fit.strategy import default_calls, usual_calls
-from search.measure.evaluate import compare
+from search.known.contest import Contest
 from search.pipeline.field import NetworkCalls, PipelineField
 from search.pipeline.loading import load_pipeline
 from search.pipeline.rollout import Run, endpoint_errors, rollout, root_mean_square
@@ -104,13 +104,13 @@ def test_a_branch_feels_an_entry_no_earlier_than_its_family_says(pipe):
 def test_the_searched_solver_halves_the_error_of_every_baseline_on_other_noises(pipe, calls):
     outcome = find_solver(pipe, num_steps=5, conditions=conditions(), seed=0)
     evaluation = make_batches(pipe, conditions(), split_seeds(0, EVALUATION_SEEDS, 128), 32, 128, calls)
-    searched, *baselines = compare(outcome.solver, outcome.tuned, evaluation)
-    assert searched["solver"] == "searched"
-    assert len(baselines) >= 8
+    errors = endpoint_errors(evaluation, outcome.solver)
+    assert len(outcome.tuned) >= 8
     # The bound is the project's own for classical tables; for diffusers' schedulers it is 0.5.
-    for row in baselines:
-        assert row["ratio"] < (0.6 if row["solver"] == "classical table" else 0.5), row
-        assert row["ratio_interval"][0] <= row["ratio"] <= row["ratio_interval"][1]
+    for table in outcome.tuned.values():
+        contest = Contest.of(errors, endpoint_errors(evaluation, table.solver))
+        assert contest.ratio < (0.5 if table.from_diffusers else 0.6), table
+        assert contest.ratio_interval[0] <= contest.ratio <= contest.ratio_interval[1]
 
 
 def test_the_teacher_is_far_more_accurate_than_any_few_step_solver(pipe, calls):
@@ -230,7 +230,7 @@ def test_accelerate_launch_writes_what_from_pretrained_loads(tmp_path, name, sca
     }
     report = json.loads((out / "report.json").read_text())
     assert set(report["evaluation"]["results"]) == {"3", "4"}
-    assert report["search"]["cost_with_teacher"]["3"]["network_calls"] > report["search"]["teacher_network_calls"] > 0
+    assert report["search"]["costs"]["3"]["network_calls"] > report["search"]["teacher_network_calls"] > 0
     assert Image.open(out / "images.png").width > 300
     assert f"guidance {said}" in (out / "README.md").read_text()
     pipe = load_pipeline(str(EXAMPLES / name), torch.float32, torch.device("cpu"))

@@ -77,7 +77,7 @@ def test_if_one_of_two_processes_is_killed_the_other_says_so_and_one_can_go_on(u
 
 @pytest.mark.parametrize(
     ("number", "moment"),
-    [(signal.SIGTERM, HALF_WAY), (signal.SIGINT, HALF_WAY), (signal.SIGTERM, "distance to the teacher's end")],
+    [(signal.SIGTERM, HALF_WAY), (signal.SIGINT, HALF_WAY), (signal.SIGTERM, "distance to the end of a teacher")],
     ids=["SIGTERM", "SIGINT", "SIGTERM while measuring"],
 )
 def test_a_stopped_search_leaves_the_best_solver_so_far(undisturbed, tmp_path, number, moment):
@@ -116,7 +116,7 @@ def test_a_full_disk_is_said_and_the_search_goes_on_once_there_is_room(undisturb
     search = Search(tmp_path, prepare=limit)
     assert_refused(search, "File too large", "go on with --resume")
     check_whole(search.out)
-    assert (search.out / "journal.json").stat().st_size < size
+    assert (search.out / "journal.jsonl").stat().st_size < size
     assert Search(tmp_path, "--resume").found() == undisturbed[0]
 
 
@@ -127,21 +127,26 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("damage", ["garbage", "truncated", "empty", "other json", "one digit", "deep"])
+@pytest.mark.parametrize("damage", ["garbage", "other json", "one digit", "deep"])
 def test_a_damaged_journal_is_refused(begun, damage):
-    path = begun / "out" / "journal.json"
+    path = begun / "out" / "journal.jsonl"
     content = path.read_bytes()
     path.write_bytes(
         {
             "garbage": b"\xff\x00\xfe" * 100,
-            "truncated": content[: len(content) // 2],
-            "empty": b"",
             "other json": b"[1, 2]",
             "one digit": content.replace(b'"calls": ', b'"calls": 1', 1),
             "deep": b"[" * 100_000,
         }[damage]
     )
-    assert_refused(Search(begun, "--resume"), "journal.json' is no journal of a search, or damaged", "Delete it")
+    assert_refused(Search(begun, "--resume"), "journal.jsonl' is no journal of a search, or damaged", "Delete it")
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5], ids=["empty", "torn at its beginning", "torn"])
+def test_a_journal_that_was_torn_as_it_was_written_is_gone_on_with(undisturbed, begun, share):
+    path = begun / "out" / "journal.jsonl"
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert Search(begun, "--resume").found() == undisturbed[0]
 
 
 def test_a_search_goes_on_with_its_own_settings_alone(begun):
@@ -186,9 +191,9 @@ def spend_memory():
 
 
 def test_without_resume_what_was_begun_is_not_thrown_away(begun):
-    before = (begun / "out" / "journal.json").read_bytes()
+    before = (begun / "out" / "journal.jsonl").read_bytes()
     assert_refused(Search(begun), "is the journal of a search that did not finish. Pass --resume to go on with it")
-    assert (begun / "out" / "journal.json").read_bytes() == before
+    assert (begun / "out" / "journal.jsonl").read_bytes() == before
 
 
 def test_resume_without_anything_to_go_on_with_begins(undisturbed, tmp_path):

@@ -42,15 +42,16 @@ def test_the_error_at_the_end_of_a_trajectory_is_the_endpoint_error():
     (batch,) = make_batches(pipe, conditions, [0, 1, 2], 3, 24, NetworkCalls(pipe))
     process = batch.field.process
     solver, classical = (SearchedSolver.adams_bashforth(*time_grid(process, 4, s), "velocity", 2) for s in (1.5, 1))
-    rows = compare_trajectories(solver, classical, batch, teacher_trajectory(batch, 24))
+    field = batch.field
+    rows = compare_trajectories(solver, classical, field, teacher_trajectory(field, 24))
     contenders = (solver, with_classical_coefficients(solver), classical)
     for row, contender in zip(rows, contenders, strict=True):
         # All runs begin with the same noise; the teacher begins with it at a little more noise.
-        assert row["errors"][0] < 0.1
+        assert row.errors[0] < 0.1
         # The teacher's end point is a node of its trajectory, so no more than the rounding of float32 is between.
-        assert row["errors"][-1] == pytest.approx(root_mean_square(endpoint_errors([batch], contender)), rel=1e-5)
-        assert row["timesteps"] == pytest.approx(process.timesteps(contender.alphas, contender.sigmas).tolist())
-        assert row["num_samples"] == 3
+        assert row.errors[-1] == pytest.approx(root_mean_square(endpoint_errors([batch], contender)), rel=1e-5)
+        assert row.timesteps == pytest.approx(process.timesteps(contender.alphas, contender.sigmas).tolist())
+        assert row.num_samples == 3
     teacher = teacher_solver(process, 24)
-    (self_row, *_) = compare_trajectories(teacher, classical, batch, teacher_trajectory(batch, 24))
-    assert max(self_row["errors"]) < 1e-5
+    (self_row, *_) = compare_trajectories(teacher, classical, field, teacher_trajectory(field, 24))
+    assert max(self_row.errors) < 1e-5

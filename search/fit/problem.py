@@ -22,6 +22,7 @@ from diffusers_searched_solver.check import teacher_solver
 from ..known.baselines import diffusers_schedulers
 from ..known.race import FirstPredictions
 from ..launch.processes import agree, everyone, gather, share, total
+from ..pipeline.conditions import variant_of
 from ..pipeline.field import NetworkCalls, PipelineField
 from ..pipeline.rollout import endpoint_errors, rollout, root_mean_square, sample_errors
 from ..pipeline.rounding import rounding_error
@@ -58,7 +59,7 @@ class Problem:
         rounding (`float`): Of its predictions.
         train, judging (`Noises`): To fit, and to judge what was fitted.
         heavy (`bool`): Whether a few noises are much harder than others.
-        num_scales (`int`): Guidance scales that the solver has to serve.
+        num_variants (`int`): Guidance scales and sizes that the solver has to serve.
         teacher_steps (`int`): Of the run whose ends are the goal.
         teacher_error (`float`): Its own error, as far as runs of half its steps show.
         elements (`int`): Of a sample's state.
@@ -73,7 +74,7 @@ class Problem:
     train: Noises
     judging: Noises
     heavy: bool
-    num_scales: int
+    num_variants: int
     teacher_steps: int
     teacher_error: float
     elements: int
@@ -83,7 +84,7 @@ class Problem:
     @property
     def factor(self) -> int:
         """How many times as many noises and calls as usual a search has."""
-        return self.num_scales * (HEAVY_FACTOR if self.heavy else 1)
+        return self.num_variants * (HEAVY_FACTOR if self.heavy else 1)
 
     @property
     def judges_factor(self) -> int:
@@ -168,12 +169,19 @@ def search_problem(
         train,
         judging,
         heavy,
-        len({condition.get("guidance_scale") for condition in conditions}),
+        len({variant_of(condition) for condition in conditions}),
         teacher_steps,
         error,
         elements,
         per_evaluation,
         setup,
+    )
+
+
+def setup_evaluations(teacher_steps: int, most_steps: int) -> int:
+    """Evaluations of one sample for screening, and until the teacher is good enough on a few noises."""
+    return int(
+        FEW * len(SCREENING_FAMILIES) * SCREENING_STEPS + TEACHER_NOISES * (1.5 * teacher_steps + 3 * most_steps)
     )
 
 

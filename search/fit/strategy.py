@@ -13,7 +13,7 @@ from diffusers_searched_solver.scheduler import SearchedSolverScheduler
 
 from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, at_other_steps, in_one_kind, known_tables
 from ..known.contest import Contest, score
-from ..known.race import RUNGS, Standing, best_of_families, gathered_weights, race
+from ..known.race import RUNGS, Standing, best_of_families, gathered_weights, race, race_evaluations
 from ..launch.journal import Journal
 from ..launch.progress import Finding
 from ..pipeline.field import NetworkCalls
@@ -189,6 +189,22 @@ def default_calls(problem: Problem, num_steps: int) -> int:
 def usual_calls(num_steps: int) -> int:
     """Network calls at one guidance scale, where no noises are much harder than others."""
     return BASE_CALLS + CALLS_PER_SQUARED_STEP * num_steps**2
+
+
+def shared_evaluations(teacher_steps: int) -> int:
+    """Evaluations of one sample by the teacher of the first step count; the noises are there for the others then."""
+    return teacher_steps * (FIRST_NOISES + LATER_NOISES)
+
+
+def judging_evaluations(config: Mapping, num_steps: int) -> int:
+    """Evaluations of one sample by the race of all that is known, and by judging the best of it."""
+    return race_evaluations(len(known_tables(config, num_steps)), num_steps) + 4 * JUDGES * num_steps
+
+
+def derivative_bytes(step_counts: Sequence[int], elements: int, num_variants: int, num_processes: int) -> float:
+    """What the derivatives of an iteration hold in one process, at most."""
+    columns = max(n * (n + 1) // 2 + 2 * n for n in step_counts)
+    return 4.0 * elements * columns * math.ceil(num_variants * LATER_NOISES / num_processes)
 
 
 def judge_solver(problem: Problem, solver: SearchedSolver, journal: Journal, tell=lambda found: None) -> Outcome:

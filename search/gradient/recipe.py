@@ -235,3 +235,8 @@ def _interpolated(states: Sequence[torch.Tensor], place: torch.Tensor) -> torch.
     """The state at a place between two whole numbers."""
     before = int(place)
     return torch.lerp(states[before], states[before + 1], (place - before).to(states[before]))
+
+
+def recipe_evaluations(recipe: Recipe, num_steps: int) -> int:
+    """Evaluations of one sample: a call is opened, and a backward evaluation is worth two forward ones."""
+    return recipe.num_samples * (recipe.teacher_steps + 1 + num_steps + 2 * (num_steps - 1))

@@ -1,16 +1,22 @@
 """Two solvers on the same noises: three numbers that say which is better, and how far sampling could mislead them."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import BeforeValidator
 
 
+# A number that is null in JSON, which has finite ones only, where it is infinite.
+Number = Annotated[float, BeforeValidator(lambda value: np.inf if value is None else value)]
 BOOTSTRAP_DRAWS = 2000
 # What a ratio may be above one by chance.
 LITTLE = 1.25
 # Samples that both solvers end exactly on count as equal.
 TINY = 1e-12
+# What the error of a run that diverges counts as.
+HUGE = 1e30
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,12 @@ class Contest:
         ratio_interval, geometric_mean_interval: Their 95 % bootstrap intervals over samples.
     """
 
-    ratio: float
-    geometric_mean: float
+    ratio: Number
+    geometric_mean: Number
     nearer: float
-    worst: float
-    ratio_interval: tuple[float, float]
-    geometric_mean_interval: tuple[float, float]
+    worst: Number
+    ratio_interval: tuple[Number, Number]
+    geometric_mean_interval: tuple[Number, Number]
 
     @classmethod
     def of(cls, errors: torch.Tensor, rival: torch.Tensor, weights: torch.Tensor | None = None) -> "Contest":
@@ -43,7 +49,7 @@ class Contest:
             errors, rival (`torch.Tensor`, shape (samples,)): Distances to the teacher's ends.
             weights (`torch.Tensor`, shape (samples,), *optional*): What each sample counts in means.
         """
-        squares, rival_squares = (each.double().square().cpu().numpy() + TINY**2 for each in (errors, rival))
+        squares, rival_squares = (finite(each).square().numpy() + TINY**2 for each in (errors, rival))
         weights = np.ones(len(squares)) if weights is None else weights.cpu().numpy()
         logs, nearer = np.log(squares / rival_squares) / 2, np.sign(rival_squares - squares) / 2 + 0.5
         with np.errstate(all="ignore"):
@@ -73,6 +79,11 @@ class Contest:
         """Whether it is better, or is not, beyond sampling."""
         return self.wins or self.ratio_interval[0] > 1 or self.geometric_mean_interval[0] > 1
 
+    def is_known_within(self, share: float) -> bool:
+        """Whether both intervals are so near to one."""
+        ends = (*self.ratio_interval, *self.geometric_mean_interval)
+        return all(1 - share <= end <= 1 + share for end in ends)
+
     @property
     def may_be_better(self) -> bool:
         """
@@ -98,6 +109,11 @@ class Contest:
             f"{self.ratio:.2f} times its error, {self.geometric_mean:.2f} times in the geometric mean of samples, "
             f"nearer on {self.nearer:.0%}, {self.worst:.1f} times at worst"
         )
+
+
+def finite(errors: torch.Tensor) -> torch.Tensor:
+    """Errors in float64 on the CPU, of which those of runs that diverge are huge."""
+    return errors.cpu().double().nan_to_num(HUGE, posinf=HUGE).clamp(max=HUGE)
 
 
 def score(errors: torch.Tensor, weights: torch.Tensor) -> float:

@@ -82,6 +82,15 @@ def race(
     return sorted(standings, key=lambda standing: standing.rank)
 
 
+def race_evaluations(num_tables: int, num_steps: int) -> int:
+    """Evaluations of one sample that a race makes."""
+    noises, runs = 0, 0.0
+    for count, share in RUNGS:
+        runs, noises = runs + share * num_tables * (count - noises), count
+    # Of every run, the first two predictions are mostly shared.
+    return int(runs * max(1, num_steps - 1.5))
+
+
 def gathered_weights(noises: Noises, start: int, stop: int) -> torch.Tensor:
     """What the noises weigh, in the order of their errors."""
     batches, weights = noises.between(start, stop), noises.weights(start, stop)

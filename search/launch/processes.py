@@ -1,6 +1,6 @@
 """Batches over the processes of `accelerate launch`: dealt out, and their small results brought back in one order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,20 @@ def gather(batches: Sequence, values: Sequence) -> list:
     """
     pairs = [(batch.index, value) for batch, value in zip(batches, values, strict=True)]
     return [value for _, value in sorted(everyone(pairs), key=lambda pair: pair[0])]
+
+
+def in_order(stream: Iterator[list], num_parts: int, describe: Callable[[Any], Any]) -> Iterator:
+    """
+    What is said of all processes' parts of some work, in the order of `part.index`; one part of each is in memory.
+
+    Args:
+        stream: This process's parts, or several where one was too large.
+        num_parts (`int`): Of all processes.
+        describe: Says something small of a part.
+    """
+    for _ in range(-(-num_parts // PartialState().num_processes)):
+        parts = next(stream, [])
+        yield from gather(parts, [describe(part) for part in parts])
 
 
 def total(count: int) -> int:

@@ -10,7 +10,7 @@ from .processes import quiet
 
 
 # Of a run, beside one for each number of steps.
-TEACHER, MEASURING, IMAGES = "teacher", "measuring", "images"
+TEACHER, MEASURING, IMAGES, DRAWING = "teacher", "measuring", "images", "drawing"
 
 
 @dataclass(frozen=True)

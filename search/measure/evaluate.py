@@ -1,6 +1,7 @@
-"""Measuring solvers side by side: same noise, same network calls, every baseline at its best setting."""
+"""Solvers side by side: same noise, same network calls, every rival at its best setting, on ever more noises."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,78 +9,143 @@ import torch
 from diffusers_searched_solver import SearchedSolver
 
 from ..known.baselines import CLASSICAL, KnownTable
-from ..known.contest import Contest, interval, resampled_means
-from ..known.race import race_errors
-from ..launch.processes import gather
-from ..pipeline.rollout import Batch, root_mean_square
+from ..known.contest import Contest, Number, interval, resampled_means
+from ..pipeline.rollout import root_mean_square
 
 
-SEARCHED = "searched"
+SEARCHED, OWN = "searched", "own scheduler"
+# A ratio whose interval is as near to one as this is known well enough, whichever side it is on.
+ALIKE = 0.1
 
 
-def compare(solver: SearchedSolver, tuned: Mapping[str, KnownTable], evaluation: Sequence[Batch]) -> list[dict]:
+@dataclass(frozen=True)
+class Row:
     """
-    Errors of a searched solver and of every baseline, at equal network calls.
+    How far a solver ends from the teacher.
 
     Args:
-        solver: The searched one.
-        tuned: Of each family of known tables, the one at its best setting, found on other noises.
-        evaluation: This process's batches, with the teacher's end points.
-
-    Returns:
-        One row a family, best first: `solver`, `setting`, `endpoint_error` (root mean square over samples),
-        `error_interval`, its 95 % bootstrap interval over samples, `median_error`, and, but for the searched one, the
-        searched solver against it: `ratio` of errors with its `ratio_interval`, `geometric_mean` of the samples'
-        ratios with its `geometric_mean_interval`, the share of samples that end `nearer`, and that of the `worst`.
+        solver (`str`): "searched", "own scheduler" (the pipeline's, as it is configured), or a family of known tables.
+        setting (`str`): Which of the family: the best one, as other noises have shown.
+        from_diffusers (`bool`): Whether it is one of diffusers' schedulers.
+        num_samples (`int`): Held-out noises that it was measured on. One that the best beats beyond sampling takes no
+            part in later rounds.
+        endpoint_error (`float`): Root mean square over samples; infinite (null in JSON) if it diverges.
+        error_interval: Its 95 % bootstrap interval over samples.
+        median_error (`float`): Over samples.
+        contest (`Contest`, *optional*): The searched solver against it, on its noises; None for the searched one.
     """
-    tables = list(tuned.values())
-    searched, *others = _errors(evaluation, [solver, *(table.solver for table in tables)])
-    rows = [_row(SEARCHED, "", searched)]
-    for table, errors in zip(tables, others, strict=True):
-        rows.append({**_row(table.family, table.setting, errors), **vars(Contest.of(searched, errors))})
-    return sorted(rows, key=lambda row: row["endpoint_error"])
+
+    solver: str
+    setting: str
+    from_diffusers: bool
+    num_samples: int
+    endpoint_error: Number
+    error_interval: tuple[Number, Number]
+    median_error: Number
+    contest: Contest | None = None
+
+    def __str__(self) -> str:
+        return f"{self.solver}, {self.setting}" if self.setting else self.solver
 
 
-def samplers(solver: SearchedSolver, tuned: Mapping[str, KnownTable]) -> dict[str, SearchedSolver]:
-    """The searched solver and each baseline at its best setting, by the names in rows of `compare`."""
-    return {SEARCHED: solver, **{family: table.solver for family, table in tuned.items()}}
+@dataclass(frozen=True)
+class Summary:
+    """The rows of a step count that a reader asks for first: the searched one, the best of either kind of rival."""
+
+    searched: Row
+    diffusers: Row
+    classical: Row | None
+    own: Row | None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "Summary":
+        """
+        Args:
+            rows: Of one step count, best first.
+        """
+        named = {row.solver: row for row in rows}
+        best = next(row for row in rows if row.from_diffusers)
+        return cls(named[SEARCHED], best, named.get(CLASSICAL), named.get(OWN))
 
 
-def _errors(batches: Sequence[Batch], solvers: Sequence[SearchedSolver]) -> torch.Tensor:
-    """The error of every solver on every sample of all processes, shape (solvers, samples)."""
-    found = []
-    for batch in batches:
-        noise, count = batch.field.noise, len(batch.field.seeds)
-        errors = race_errors(batch, solvers)
-        # DiTPipeline's states hold every sample twice under guidance: one of them is evidence enough.
-        twice = len(noise) == 2 * count and torch.equal(noise[:count], noise[count:])
-        found.append(errors[:, :count] if twice else errors)
-    return torch.cat(gather(batches, found), 1)
+class Comparison:
+    """
+    A searched solver and its rivals on ever more noises.
+
+    Args:
+        solver (`SearchedSolver`): The searched one.
+        rivals: Of each family of known tables, the one at its best setting, found on other noises.
+    """
+
+    def __init__(self, solver: SearchedSolver, rivals: Sequence[KnownTable]):
+        self._rivals = {table.family: table for table in rivals}
+        self.solvers = {SEARCHED: solver, **{family: table.solver for family, table in self._rivals.items()}}
+        self._schedulers = [table.family for table in rivals if table.from_diffusers and table.family != OWN]
+        self._errors = {name: torch.zeros(0, dtype=torch.float64) for name in self.solvers}
+        self._out: set[str] = set()
+
+    @property
+    def racing(self) -> list[str]:
+        """The solvers that take part in the next round."""
+        return [name for name in self.solvers if name not in self._out]
+
+    def add(self, errors: Mapping[str, torch.Tensor]):
+        """Errors of the solvers in the race, in a further round."""
+        for name, of_round in errors.items():
+            self._errors[name] = torch.cat([self._errors[name], of_round.double().nan_to_num(np.inf, posinf=np.inf)])
+
+    @property
+    def best_of_diffusers(self) -> str:
+        """The family of diffusers' schedulers that is best so far."""
+        return min((name for name in self.racing if name in self._schedulers), key=self.error)
+
+    def drop_hopeless(self):
+        """Leave out of later rounds the families of diffusers that its best one beats beyond sampling."""
+        best = self.best_of_diffusers
+        for name in {*self._schedulers} - {best, *self._out}:
+            if Contest.of(self._errors[best], self._errors[name]).wins:
+                self._out.add(name)
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it is clear who is better, the searched one or the best of diffusers and the pipeline's own."""
+        asked = {self.best_of_diffusers, *({OWN} & {*self.solvers})}
+        contests = (Contest.of(self._errors[SEARCHED], self._errors[name]) for name in asked)
+        return all(contest.is_decided or contest.is_known_within(ALIKE) for contest in contests)
+
+    def error(self, name: str) -> float:
+        """The root mean square of a solver's errors so far."""
+        return root_mean_square(self._errors[name])
+
+    def rows(self) -> list[Row]:
+        """All solvers: those of all rounds first, the best before others."""
+        rows = [self._row(name) for name in self.solvers]
+        return sorted(rows, key=lambda row: (-row.num_samples, row.endpoint_error))
+
+    def _row(self, name: str) -> Row:
+        errors, rival = self._errors[name], self._rivals.get(name)
+        squares = resampled_means(errors.square().numpy())
+        return Row(
+            solver=name,
+            setting="" if rival is None else rival.setting,
+            from_diffusers=rival is not None and rival.from_diffusers,
+            num_samples=len(errors),
+            endpoint_error=root_mean_square(errors),
+            error_interval=interval(np.sqrt(squares)),
+            median_error=float(errors.median()),
+            contest=None if rival is None else Contest.of(self._errors[SEARCHED][: len(errors)], errors),
+        )
 
 
-def _row(solver: str, setting: str, errors: torch.Tensor) -> dict:
-    return {
-        "solver": solver,
-        "setting": setting,
-        "endpoint_error": root_mean_square(errors),
-        "error_interval": list(interval(np.sqrt(resampled_means(errors.square().numpy())))),
-        "median_error": float(errors.median()),
-    }
-
-
-def is_diffusers_scheduler(row: Mapping) -> bool:
-    """Whether a row of `compare` is one of diffusers' schedulers."""
-    return row["solver"] not in (SEARCHED, CLASSICAL)
-
-
-def format_table(rows: Sequence[Mapping]) -> str:
-    """The rows of `compare` as a table for the terminal."""
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows of a step count as a table for the terminal."""
     means = "searched / this (95 %), geometric mean, nearer, worst"
-    lines = [f"{'solver':18}{'best setting':34}{'error':>9}{'median':>9}  {means}"]
+    lines = [f"{'solver':18}{'best setting':34}{'noises':>7}{'error':>9}{'median':>9}  {means}"]
     for row in rows:
-        line = f"{row['solver']:18}{row['setting']:34}{row['endpoint_error']:9.4f}{row['median_error']:9.4f}"
-        if "ratio" in row:
-            line += f"  {row['ratio']:.3f} ({row['ratio_interval'][0]:.3f} to {row['ratio_interval'][1]:.3f})"
-            line += f", {row['geometric_mean']:.3f}, {row['nearer']:.0%}, {row['worst']:.1f}"
+        line = f"{row.solver:18}{row.setting:34}{row.num_samples:7}{row.endpoint_error:9.4f}{row.median_error:9.4f}"
+        if row.contest is not None:
+            low, high = row.contest.ratio_interval
+            line += f"  {row.contest.ratio:.3f} ({low:.3f} to {high:.3f})"
+            line += f", {row.contest.geometric_mean:.3f}, {row.contest.nearer:.0%}, {row.contest.worst:.1f}"
         lines.append(line)
     return "\n".join(lines)

@@ -1,9 +1,8 @@
 """Image metrics of samplers side by side: images stream by, shared out to the processes; only features are kept."""
 
-import argparse
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from tqdm import tqdm
 
 from diffusers_searched_solver import SearchedSolver
 
-from ..launch.processes import gather, quiet, share
+from ..known.contest import Number
+from ..launch.processes import in_order, quiet, share
 from ..pipeline.field import FieldError, NetworkCalls, PipelineField
 from ..pipeline.rollout import Batch, rollout
 from ..teacher.batches import count_batches, stream_batches
@@ -39,22 +39,73 @@ TEACHER, REFERENCE = "teacher", "reference"
 FILES_AT_A_TIME = 32
 
 
+@dataclass(frozen=True)
+class ImageRow:
+    """
+    Args:
+        solver (`str`): As in the rows of errors, or "teacher".
+        metrics (`dict[str, float]`): By name, those of `COLUMNS` that could be computed.
+    """
+
+    solver: str
+    metrics: dict[str, Number]
+
+
+@dataclass(frozen=True)
+class ImageMetrics:
+    """
+    What images say of solvers.
+
+    Args:
+        num_samples (`int`): Images of each.
+        feature_network (`str`): What they were compared by.
+        reference (`str`): What they were compared with.
+        results: By number of steps a row for each solver and the teacher.
+    """
+
+    num_samples: int
+    feature_network: str
+    reference: str
+    results: dict[int, list[ImageRow]]
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """
+    How images are measured.
+
+    Args:
+        num_images (`int`): Of each solver; the first noises that are held out.
+        feature_network (`str`): As `FeatureNetwork` takes it.
+        reference (`Path`, *optional*): A folder of what they should be like, instead of the teacher's.
+        batch_size, seed (`int`): As in `Settings`.
+        folder (`Path`): Where features lie in the meantime, 8 KB an image for Inception.
+    """
+
+    num_images: int
+    feature_network: str
+    reference: Path | None
+    batch_size: int
+    seed: int
+    folder: Path
+
+
 def load_feature_network(
-    pipe: DiffusionPipeline, condition: Mapping, args: argparse.Namespace
+    pipe: DiffusionPipeline, condition: Mapping, settings: ImageSettings
 ) -> FeatureNetwork | None:
     """
-    The network that the command line names, if it asks for image metrics.
+    The network that images are measured by, if they are.
 
     Raises:
         ValueError: If images could not be measured when the search is finished.
     """
-    if not args.image_metrics:
+    if not settings.num_images:
         return None
-    if args.image_metrics < MIN_IMAGES:
-        raise ValueError(f"`--image-metrics` is {args.image_metrics}, expected 0 or at least {MIN_IMAGES} images.")
-    network = FeatureNetwork(args.feature_network, pipe.device)
-    if args.reference_images is not None:
-        network(_read_images(_files(args.reference_images)[:1]))
+    if settings.num_images < MIN_IMAGES:
+        raise ValueError(f"`--image-metrics` is {settings.num_images}, expected 0 or at least {MIN_IMAGES} images.")
+    network = FeatureNetwork(settings.feature_network, pipe.device)
+    if settings.reference is not None:
+        network(_read_images(_files(settings.reference)[:1]))
     calls = NetworkCalls(pipe)
     try:
         field = PipelineField(pipe, _for_arrays(condition), [0], calls)
@@ -72,9 +123,9 @@ def measure_images(
     samplers: Mapping[int, Mapping[str, SearchedSolver]],
     network: FeatureNetwork,
     teacher_steps: int,
-    args: argparse.Namespace,
+    settings: ImageSettings,
     calls: NetworkCalls,
-) -> dict:
+) -> ImageMetrics | None:
     """
     How like the teacher's images from the same noises they are, and how near all of them to the reference.
 
@@ -84,52 +135,40 @@ def measure_images(
     Args:
         conditions: Keyword arguments of the pipeline's calls, used in turn.
         samplers: What to measure, by number of steps and name.
-        args: The command line: `image_metrics`, how many images; `reference_images`, a folder, or None for the
-            teacher's; `batch_size`; `seed`; and `output_dir`, where features lie in the meantime, 8 KB an image for
-            Inception.
 
     Returns:
-        On the main process `num_samples`, `feature_network`, `reference` and `results`, by number of steps a row of
-        metrics for each sampler and the teacher. Elsewhere nothing.
+        On the main process what was found; elsewhere nothing.
     """
     conditions = [_for_arrays(condition) for condition in conditions]
-    seeds = split_seeds(args.seed, EVALUATION_SEEDS, args.image_metrics)
     contenders = {(n, name): sampler for n, of_steps in samplers.items() for name, sampler in of_steps.items()}
-    stream = stream_batches(pipe, conditions, seeds, args.batch_size, teacher_steps, calls)
-    rows = _Rows(args.output_dir)
-    num_batches = count_batches(conditions, args.image_metrics, args.batch_size)
-    for described in _in_order(stream, num_batches, lambda batch: _describe(batch, contenders, network)):
+    rows = _Rows(settings.folder)
+    seeds = split_seeds(settings.seed, EVALUATION_SEEDS, settings.num_images)
+    stream = stream_batches(pipe, conditions, seeds, settings.batch_size, teacher_steps, calls)
+    num_batches = count_batches(conditions, settings.num_images, settings.batch_size)
+    for described in in_order(stream, num_batches, lambda batch: _describe(batch, contenders, network)):
         rows.append(described)
-    if args.reference_images is not None:
-        chunks = _chunks(args.reference_images)
-        read = iter([[chunk] for chunk in share(chunks)])
-        described = _in_order(read, len(chunks), lambda chunk: {REFERENCE: network(_read_images(chunk.files))})
-        for of_files in tqdm(
-            described, "reference images", len(chunks), unit=" batches", disable=quiet(), leave=False
-        ):
-            rows.append(of_files)
+    if settings.reference is not None:
+        _describe_reference(settings.reference, network, rows)
     if not PartialState().is_main_process:
-        return {}
-    reference = TEACHER if args.reference_images is None else REFERENCE
+        return None
+    reference = TEACHER if settings.reference is None else REFERENCE
     keys = tqdm((TEACHER, *contenders), desc="distances between images", unit=" solvers", disable=quiet(), leave=False)
     metrics = {key: rows.metrics(key, reference, pipe.device) for key in keys}
-    results = {}
-    for n, of_steps in samplers.items():
-        results[str(n)] = [{"solver": name, **metrics[n, name]} for name in of_steps]
-        results[str(n)] += [{"solver": TEACHER, **metrics[TEACHER]}] if metrics[TEACHER] else []
-    return {
-        "num_samples": args.image_metrics,
-        "feature_network": args.feature_network,
-        "reference": f"the teacher's of {teacher_steps} steps" if reference == TEACHER else str(args.reference_images),
-        "results": results,
-    }
+    of_teacher = [ImageRow(TEACHER, metrics[TEACHER])] if metrics[TEACHER] else []
+    return ImageMetrics(
+        settings.num_images,
+        settings.feature_network,
+        f"the teacher's of {teacher_steps} steps" if reference == TEACHER else str(settings.reference),
+        {n: [*(ImageRow(name, metrics[n, name]) for name in each), *of_teacher] for n, each in samplers.items()},
+    )
 
 
-def _in_order(stream: Iterator[list], num_parts: int, describe: Callable[[Any], dict]) -> Iterator[dict]:
-    """What is said of every process's parts of the work, round by round, in the order of `part.index`."""
-    for _ in range(-(-num_parts // PartialState().num_processes)):
-        parts = next(stream, [])
-        yield from gather(parts, [describe(part) for part in parts])
+def _describe_reference(folder: Path, network: FeatureNetwork, rows: "_Rows"):
+    chunks = _chunks(folder)
+    read = iter([[chunk] for chunk in share(chunks)])
+    described = in_order(read, len(chunks), lambda chunk: {REFERENCE: network(_read_images(chunk.files))})
+    for each in tqdm(described, "reference images", len(chunks), unit=" batches", disable=quiet(), leave=False):
+        rows.append(each)
 
 
 def _describe(
@@ -155,6 +194,11 @@ def seconds_per_image(pipe: DiffusionPipeline, condition: Mapping, batch_size: i
     network(images)
     similarity(images, images)
     return (time.perf_counter() - started) / batch_size
+
+
+def image_evaluations(num_images: int, teacher_steps: int, step_counts: Sequence[int], num_solvers: int) -> int:
+    """Evaluations of one sample by `measure_images`; decoding ends a call, and the next one has to be opened."""
+    return num_images * (teacher_steps + 1 + num_solvers * sum(n + 1 for n in step_counts))
 
 
 class _Rows:
@@ -243,16 +287,16 @@ def _read_images(files: Sequence[Path]) -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
-def columns_of(rows: Sequence[Mapping]) -> list[str]:
+def columns_of(rows: Sequence[ImageRow]) -> list[str]:
     """The metrics that some of the rows have."""
-    return [name for name in COLUMNS if any(name in row for row in rows)]
+    return [name for name in COLUMNS if any(name in row.metrics for row in rows)]
 
 
-def format_metrics(rows: Sequence[Mapping]) -> str:
+def format_metrics(rows: Sequence[ImageRow]) -> str:
     """Rows of metrics as a table for the terminal."""
     columns = columns_of(rows)
     lines = [f"{'solver':18}" + "".join(f"{COLUMNS[name]:>11}" for name in columns)]
     for row in rows:
-        values = (f"{row[name]:11.4g}" if name in row else f"{'':11}" for name in columns)
-        lines.append(f"{row['solver']:18}" + "".join(values))
+        values = (f"{row.metrics[name]:11.4g}" if name in row.metrics else f"{'':11}" for name in columns)
+        lines.append(f"{row.solver:18}" + "".join(values))
     return "\n".join(lines)

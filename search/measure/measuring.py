@@ -1,123 +1,281 @@
-"""The measurement of a finished search, on noises that it has not seen."""
+"""The measurement of solvers, on noises that no search has seen."""
 
-import argparse
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from diffusers_searched_solver import SearchedSolver
+from diffusers_searched_solver import SearchedSolver, solver_from_scheduler
 from diffusers_searched_solver.check import teacher_solver
 
-from ..known.baselines import CLASSICAL, KnownTable, known_tables
-from ..known.race import best_of_families, race
-from ..launch.progress import IMAGES, MEASURING, Progress
-from ..pipeline.field import NetworkCalls
+from ..known.baselines import CLASSICAL, KnownTable, diffusers_schedulers, known_tables
+from ..known.contest import Number
+from ..known.race import best_of_families, race, race_errors
+from ..launch.journal import Journal
+from ..launch.processes import agree, in_order
+from ..launch.progress import Progress
+from ..pipeline.field import PipelineField
 from ..pipeline.rollout import Batch, rollout, root_mean_square, sample_errors
-from ..teacher.batches import TEACHER_SHARE, make_batches
+from ..teacher.batches import TEACHER_SHARE, count_batches, merged, pipeline_calls, stream_batches
 from ..teacher.cache import TeacherCache
 from ..teacher.noises import portion_end
-from ..teacher.splits import EVALUATION_SEEDS, TUNING_SEEDS, make_noises, split_seeds
-from .evaluate import SEARCHED, compare, format_table, samplers
-from .feature_network import FeatureNetwork
-from .image_metrics import COLUMNS, format_metrics, measure_images
-from .trajectory import compare_trajectories, teacher_trajectory
+from ..teacher.splits import EVALUATION_SEEDS, TUNING_SEEDS, make_noises, split_seeds, turned
+from .equivalent import TIMES, Equivalent, equivalent, farther_tables
+from .evaluate import OWN, SEARCHED, Comparison, Row, format_table
+from .image_metrics import ImageMetrics
+from .trajectory import TrajectoryRow, compare_trajectories, teacher_trajectory
 
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_BATCH_SIZE = 32
-# The measuring teacher is this much finer than the one that is fitted to.
-EVALUATION_TEACHER = 2
+# Where the rounds end; from the second on it may be clear who is better.
+ROUNDS = (8, 16, 32, 64, 128, 256)
+# The teacher of a full measurement is this much finer than the one that is fitted to.
+FINER = 2
 # A search makes its teacher's error a tenth of a usual solver's, as far as a few noises show; on others it may be so
 # many times as large before it is said.
 TEACHER_MARGIN = 2
 
 
-def measure(
-    pipe: DiffusionPipeline,
-    conditions: list[dict],
-    solvers: dict[int, SearchedSolver],
-    tuned: Mapping[int, Mapping[str, KnownTable]] | None,
-    teacher_steps: int,
-    args: argparse.Namespace,
-    network: FeatureNetwork | None,
-    progress: Progress,
-) -> dict:
+@dataclass(frozen=True)
+class Evaluation:
     """
-    The `evaluation` of a report: rows of `compare` and of `compare_trajectories` for each step count, also printed.
-
-    Every process measures its part of the samples; the trajectories are the main process's alone.
+    What solvers are worth.
 
     Args:
-        tuned: By number of steps the best of each family of known tables, as the race of a search has found it;
-            without it they race on noises of their own.
-        teacher_steps (`int`): Of the teacher that solvers were fitted to; the one that measures is finer.
-        network (*optional*): What `measure_images` compares images by; without it, it does not.
+        command (`str`): Which measured.
+        depth (`str`): "auto" or "full", as `Settings.measure`.
+        num_samples (`int`): Held-out noises that the searched solvers were measured on.
+        teacher_steps (`int`): Of the teacher whose ends are the goal.
+        teacher_error (`float`): How far a coarser one ends from it; what solvers are fitted to, they inherit.
+        network_calls (`int`): Of all processes, images not counted.
+        results: By number of steps the rows of all solvers, best first.
+        equivalents: By number of steps, in how many the best of diffusers is as good as the searched solver.
+        trajectories: By number of steps, errors along the way.
+        image_metrics (*optional*): What images say.
     """
-    fitted_steps, teacher_steps = teacher_steps, EVALUATION_TEACHER * teacher_steps
-    results, trajectories = {}, {}
-    progress.begin(MEASURING)
-    calls, cache = NetworkCalls(pipe, progress.update), TeacherCache(args.cache_dir)
-    settings = EVALUATION_BATCH_SIZE, teacher_steps, calls, cache
-    if tuned is None:
-        tuned = _tuned(pipe, conditions, solvers, args.seed, settings)
-    seeds = split_seeds(args.seed, EVALUATION_SEEDS, args.num_eval_samples)
-    evaluation = make_batches(pipe, conditions, seeds, *settings)
-    for num_steps, solver in solvers.items():
-        results[str(num_steps)] = compare(solver, tuned[num_steps], evaluation)
-        progress.write(
-            f"\n{num_steps} steps, distance to the teacher's end on {args.num_eval_samples} held-out noises\n"
-            + format_table(results[str(num_steps)])
+
+    command: str
+    depth: str
+    num_samples: int
+    teacher_steps: int
+    teacher_error: Number
+    network_calls: int
+    results: dict[int, list[Row]]
+    equivalents: dict[int, Equivalent]
+    trajectories: dict[int, list[TrajectoryRow]]
+    image_metrics: ImageMetrics | None = None
+
+
+class Measurement:
+    """
+    How solvers of a pipeline are measured.
+
+    Args:
+        pipe, conditions: The pipeline, and keyword arguments of its call that make one sample each, used in turn.
+        teacher_steps (`int`): Of the teacher that they were fitted to.
+        full (`bool`): Whether all rivals are measured on all noises, by a finer teacher.
+        num_samples (`int`): Noises at most.
+        budget (`float`): Evaluations of one sample at most, but for those of the first two rounds.
+        seed, batch_size (`int`): As in `Settings`.
+        cache: Where the teacher's end points are kept.
+        journal: Remembers what was measured; made with what counts the network calls.
+        progress: Is told.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        conditions: Sequence[Mapping],
+        teacher_steps: int,
+        full: bool,
+        num_samples: int,
+        budget: float,
+        seed: int,
+        batch_size: int,
+        cache: TeacherCache,
+        journal: Journal,
+        progress: Progress,
+    ):
+        self.pipe, self.conditions, self.teacher_steps, self.full = pipe, conditions, teacher_steps, full
+        self.num_samples, self._left, self._seed, self._batch_size = num_samples, budget, seed, batch_size
+        self._cache, self.journal, self.progress = cache, journal, progress
+        self._spent_before, self._tuning_calls = journal.spent, 0
+
+    @property
+    def measuring_steps(self) -> int:
+        """Steps of the teacher whose ends are the goal."""
+        return FINER * self.teacher_steps if self.full else self.teacher_steps
+
+    @property
+    def network_calls(self) -> int:
+        """Of all processes, so far."""
+        return self.journal.spent - self._spent_before + self._tuning_calls
+
+    def evaluate(
+        self,
+        solvers: Mapping[int, SearchedSolver],
+        tuned: Mapping[int, Mapping[str, KnownTable]],
+        teacher_error: float | None,
+        command: str,
+    ) -> Evaluation:
+        """
+        Measure solvers beside everything that is known, and say so.
+
+        Args:
+            tuned: By number of steps the best of each family of known tables, found on other noises.
+            teacher_error (`float`, *optional*): The fitted teacher's own, if a search has found it.
+        """
+        comparisons = {n: Comparison(solver, self._rivals(tuned[n], n)) for n, solver in solvers.items()}
+        equivalents = self._in_rounds(comparisons, tuned)
+        results = {n: comparison.rows() for n, comparison in comparisons.items()}
+        for n, rows in results.items():
+            title = f"{n} steps, distance to the end of a teacher of {self.measuring_steps} steps on held-out noises"
+            self.progress.write(f"\n{title}\n{format_table(rows)}")
+        found = self.journal.remember(lambda: agree(self._along_the_way(solvers, tuned, teacher_error)))
+        _warn_of_teacher(found["teacher_error"], self.teacher_steps, results)
+        return Evaluation(
+            command=command,
+            depth="full" if self.full else "auto",
+            num_samples=max(row.num_samples for rows in results.values() for row in rows),
+            teacher_steps=self.measuring_steps,
+            teacher_error=found["teacher_error"],
+            network_calls=self.network_calls,
+            results=results,
+            equivalents=equivalents,
+            trajectories={int(n): [TrajectoryRow(**row) for row in rows] for n, rows in found["trajectories"].items()},
         )
-    found = {"num_samples": args.num_eval_samples, "teacher_steps": teacher_steps, "results": results}
-    if PartialState().is_main_process:
-        found["teacher_error"] = _teacher_error(evaluation[0], fitted_steps, results)
-        teacher = teacher_trajectory(evaluation[0], teacher_steps)
-        for num_steps, solver in solvers.items():
-            classical = tuned[num_steps][CLASSICAL].solver
-            trajectories[str(num_steps)] = compare_trajectories(solver, classical, evaluation[0], teacher)
-    for batch in evaluation:
-        batch.field.close()
-    if network is not None:
-        progress.begin(IMAGES)
-        rivals = {n: samplers(solver, tuned[n]) for n, solver in solvers.items()}
-        found["image_metrics"] = measure_images(pipe, conditions, rivals, network, teacher_steps, args, calls)
-        for num_steps, rows in found["image_metrics"].get("results", {}).items():
-            progress.write(f"\n{num_steps} steps, {args.image_metrics} images\n{format_metrics(rows)}")
-    calls.remove()
-    return {**found, "trajectories": trajectories}
+
+    def tune(self, step_counts: Sequence[int]) -> dict[int, dict[str, KnownTable]]:
+        """By number of steps the best of each family of known tables, on noises that nothing else is measured on."""
+        config = self.pipe.scheduler.config
+        settings = self.teacher_steps, self._batch_size, self.journal.calls, self._cache
+        noises = make_noises(self.pipe, self.conditions, self._seed, TUNING_SEEDS, *settings)
+        tables = {n: known_tables(config, n) for n in step_counts}
+        standings = {n: race(each, noises, portion_end, self.journal.remember) for n, each in tables.items()}
+        noises.close()
+        self._tuning_calls += noises.calls
+        return {n: best_of_families(each) for n, each in standings.items()}
+
+    def _rivals(self, tuned: Mapping[str, KnownTable], num_steps: int) -> list[KnownTable]:
+        """The best of each family, and the pipeline's own scheduler where it is a table."""
+        scheduler = self.pipe.scheduler
+        try:
+            own = [KnownTable(OWN, type(scheduler).__name__, solver_from_scheduler(scheduler, num_steps), True)]
+        except ValueError as error:
+            logger.info(f"The pipeline's own scheduler takes no part: {error}")
+            own = []
+        return [*own, *tuned.values()]
+
+    def _in_rounds(
+        self, comparisons: Mapping[int, Comparison], tuned: Mapping[int, Mapping[str, KnownTable]]
+    ) -> dict[int, Equivalent]:
+        """Measure on ever more noises until it is clear who is better, or there is no budget left."""
+        rounds = (
+            [self.num_samples] if self.full else [*(end for end in ROUNDS if end < self.num_samples), self.num_samples]
+        )
+        farther = {n: farther_tables(self.pipe.scheduler.config, tuned[n], n) for n in comparisons}
+        equivalents, start = {}, 0
+        for number, stop in enumerate(rounds):
+            racing = {n: each for n, each in comparisons.items() if self.full or number < 2 or not each.is_decided}
+            tables = [each.solvers[name] for each in racing.values() for name in each.racing]
+            more = [table.solver for each in farther.values() for table in each] if number == 0 else []
+            cost = (stop - start) * (self.measuring_steps + sum(table.num_steps for table in tables + more))
+            if not racing or not self.full and number > 1 and cost > self._left:
+                break
+            errors = iter(self._errors(start, stop, tables + more))
+            for comparison in racing.values():
+                comparison.add({name: next(errors) for name in comparison.racing})
+            if number == 0:
+                equivalents = {n: equivalent(comparisons[n], farther[n], errors) for n in comparisons}
+            if not self.full:
+                for comparison in racing.values():
+                    comparison.drop_hopeless()
+            self._left -= cost
+            start = stop
+        return {n: each for n, each in equivalents.items() if each is not None}
+
+    def _errors(self, start: int, stop: int, solvers: Sequence[SearchedSolver]) -> torch.Tensor:
+        """The errors of solvers on the noises from one number to another, shape (solvers, noises), float64."""
+        seeds = split_seeds(self._seed, EVALUATION_SEEDS, stop)[start:]
+        conditions = turned(self.conditions, seeds, self._seed, EVALUATION_SEEDS)
+
+        def of_batch(batch: Batch) -> torch.Tensor:
+            errors = race_errors(batch, solvers)
+            noise, count = batch.field.noise, len(batch.field.seeds)
+            batch.field.close()
+            # DiTPipeline's states hold every sample twice under guidance: one of them is evidence enough.
+            twice = len(noise) == 2 * count and torch.equal(noise[:count], noise[count:])
+            return errors[:, :count] if twice else errors
+
+        def compute() -> list:
+            settings = self._batch_size, self.measuring_steps, self.journal.calls, self._cache
+            stream = stream_batches(self.pipe, conditions, seeds, *settings)
+            num_batches = count_batches(conditions, len(seeds), self._batch_size)
+            return torch.cat(list(in_order(stream, num_batches, of_batch)), 1).tolist()
+
+        return torch.tensor(self.journal.remember(compute), dtype=torch.float64)
+
+    def _along_the_way(self, solvers, tuned, teacher_error: float | None) -> dict | None:
+        """The teacher's error, if it is not known, and trajectories, on the first noises by the main process."""
+        if not PartialState().is_main_process:
+            return None
+        seeds = split_seeds(self._seed, EVALUATION_SEEDS, self._batch_size)
+        samples = pipeline_calls(turned(self.conditions, seeds, self._seed, EVALUATION_SEEDS), seeds, len(seeds))[0]
+        field = PipelineField(self.pipe, merged(samples), [seed for _, seed in samples], self.journal.calls)
+        if teacher_error is None or self.full:
+            ends = (rollout(field, teacher_solver(field.process, n * self.teacher_steps)).end for n in (1, FINER))
+            teacher_error = root_mean_square(sample_errors(*ends))
+        teacher = teacher_trajectory(field, self.measuring_steps)
+        rows = {
+            n: compare_trajectories(solver, tuned[n][CLASSICAL].solver, field, teacher)
+            for n, solver in solvers.items()
+        }
+        field.close()
+        return {
+            "teacher_error": teacher_error,
+            "trajectories": {n: [vars(r) for r in each] for n, each in rows.items()},
+        }
 
 
-def _tuned(pipe, conditions, solvers, seed: int, settings) -> dict[int, dict[str, KnownTable]]:
-    """The best of each family of known tables, found on noises that nothing else is measured on."""
-    batch_size, teacher_steps, calls, cache = settings
-    noises = make_noises(pipe, conditions, seed, TUNING_SEEDS, teacher_steps, batch_size, calls, cache)
-    standings = {
-        n: race(known_tables(pipe.scheduler.config, n), noises, portion_end, lambda compute: compute())
-        for n in solvers
-    }
-    noises.close()
-    return {n: best_of_families(each) for n, each in standings.items()}
+def measuring_evaluations(
+    config: Mapping, step_counts: Sequence[int], teacher_steps: int, full: bool, num_samples: int, batch_size: int
+) -> int:
+    """
+    Evaluations of one sample that a measurement makes; those of the first two rounds, after which it mostly is clear
+    who is better, if it is not full.
+    """
+    solvers = 3 + len(diffusers_schedulers(config))
+    noises = num_samples if full else min(num_samples, ROUNDS[1])
+    steps = FINER * teacher_steps if full else teacher_steps
+    # Most solvers share their first prediction.
+    runs = sum((n - 0.5) * solvers for n in step_counts)
+    farther = min(num_samples if full else ROUNDS[0], noises) * sum(TIMES) * sum(step_counts)
+    along = batch_size * (steps + (3 * teacher_steps if full else 0) + 3 * sum(step_counts))
+    return int(noises * (steps + runs) + farther + along)
 
 
-def final_numbers(evaluation: Mapping) -> dict[str, float]:
-    """The numbers of a report's `evaluation`, by names for trackers."""
-    tables = (evaluation["results"], evaluation.get("image_metrics", {}).get("results", {}))
-    rows = [(n, row) for table in tables for n, of_steps in table.items() for row in of_steps]
-    names = ("endpoint_error", *COLUMNS)
-    return {f"{n} steps/{name}/{row['solver']}": row[name] for n, row in rows for name in names if name in row}
+def final_numbers(evaluation: Evaluation) -> dict[str, float]:
+    """The numbers of an evaluation, by names for trackers."""
+    errors = {f"{n} steps/endpoint_error/{row.solver}": row.endpoint_error for n, row in _all(evaluation.results)}
+    if evaluation.image_metrics is None:
+        return errors
+    rows = _all(evaluation.image_metrics.results)
+    return errors | {f"{n} steps/{name}/{row.solver}": value for n, row in rows for name, value in row.metrics.items()}
 
 
-def _teacher_error(batch: Batch, teacher_steps: int, results: dict[str, list[dict]]) -> float:
-    """How far the fitted teacher ends from the measuring one, on one batch."""
-    end = rollout(batch.field, teacher_solver(batch.field.process, teacher_steps)).end
-    error = root_mean_square(sample_errors(end, batch.target))
-    least = min(row["endpoint_error"] for rows in results.values() for row in rows if row["solver"] != SEARCHED)
+def _all(results: Mapping[int, Sequence]) -> list[tuple]:
+    return [(n, row) for n, rows in results.items() for row in rows]
+
+
+def _warn_of_teacher(error: float, teacher_steps: int, results: Mapping[int, Sequence[Row]]):
+    """Say if the fitted teacher's own error is not small beside that of the best rival."""
+    least = min(row.endpoint_error for _, row in _all(results) if row.solver != SEARCHED)
     if error > TEACHER_MARGIN * TEACHER_SHARE * least:
         logger.warning(
             f"The teacher's own error is {error:.3g}, the least of a rival {least:.3g}: the solver may be fitted to "
             f"the teacher's mistakes. Search again with `--teacher-steps {2 * teacher_steps}`."
         )
-    return error

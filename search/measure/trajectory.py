@@ -1,16 +1,39 @@
 """Errors along the way: how far a solver's states are from the teacher's at the same noise level."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from diffusers_searched_solver import SearchedSolver
 from diffusers_searched_solver.check import teacher_solver
 
-from ..pipeline.rollout import Batch, Run, rollout, root_mean_square, sample_errors
+from ..known.baselines import CLASSICAL
+from ..pipeline.field import PipelineField
+from ..pipeline.rollout import Run, rollout, root_mean_square, sample_errors
+from .evaluate import SEARCHED
 
 
 # Of the classical coefficients that a searched solver's are shown beside.
 CLASSICAL_ORDER = 3
+
+
+@dataclass(frozen=True)
+class TrajectoryRow:
+    """
+    How a run departs from the teacher's.
+
+    Args:
+        solver (`str`): Its name.
+        timesteps (N+1): Where the model's noise process has the noise levels of its nodes.
+        errors (N+1): There, root mean square distances to the teacher's states of the same samples.
+        num_samples (`int`): How many these are.
+    """
+
+    solver: str
+    timesteps: list[float]
+    errors: list[float]
+    num_samples: int
 
 
 class Trajectory:
@@ -46,10 +69,10 @@ class Trajectory:
         return (alpha + sigma) * y
 
 
-def teacher_trajectory(batch: Batch, teacher_steps: int) -> Trajectory:
+def teacher_trajectory(field: PipelineField, teacher_steps: int) -> Trajectory:
     """The teacher's run of these samples."""
-    teacher = teacher_solver(batch.field.process, teacher_steps)
-    return Trajectory(rollout(batch.field, teacher), teacher)
+    teacher = teacher_solver(field.process, teacher_steps)
+    return Trajectory(rollout(field, teacher), teacher)
 
 
 def with_classical_coefficients(solver: SearchedSolver) -> SearchedSolver:
@@ -60,32 +83,23 @@ def with_classical_coefficients(solver: SearchedSolver) -> SearchedSolver:
 
 
 def compare_trajectories(
-    solver: SearchedSolver, classical: SearchedSolver, batch: Batch, teacher: Trajectory
-) -> list[dict]:
+    solver: SearchedSolver, classical: SearchedSolver, field: PipelineField, teacher: Trajectory
+) -> list[TrajectoryRow]:
     """
     How the runs of a searched solver, of classical coefficients on its nodes and of a classical solver depart from the
     teacher's.
-
-    Returns:
-        A row for each: `solver`, its name; `timesteps` (N+1), where the model's noise process has the noise levels of
-        its nodes; `errors` (N+1), there, root mean square distances to the teacher's states of the same samples; and
-        `num_samples`, how many these are.
     """
     contenders = {
-        "searched": solver,
+        SEARCHED: solver,
         f"AB{CLASSICAL_ORDER} on its nodes": with_classical_coefficients(solver),
-        "classical table": classical,
+        CLASSICAL: classical,
     }
-    return [{"solver": name, **_errors(contender, batch, teacher)} for name, contender in contenders.items()]
+    return [_row(name, contender, field, teacher) for name, contender in contenders.items()]
 
 
-def _errors(solver: SearchedSolver, batch: Batch, teacher: Trajectory) -> dict:
+def _row(name: str, solver: SearchedSolver, field: PipelineField, teacher: Trajectory) -> TrajectoryRow:
     levels = zip(solver.alphas.tolist(), solver.sigmas.tolist(), strict=True)
-    states = rollout(batch.field, solver).states
+    states = rollout(field, solver).states
     errors = [sample_errors(state, teacher(*level)) for state, level in zip(states, levels, strict=True)]
-    timesteps = batch.field.process.timesteps(solver.alphas, solver.sigmas)
-    return {
-        "timesteps": timesteps.tolist(),
-        "errors": [root_mean_square(of_samples) for of_samples in errors],
-        "num_samples": len(batch.field.seeds),
-    }
+    timesteps = field.process.timesteps(solver.alphas, solver.sigmas)
+    return TrajectoryRow(name, timesteps.tolist(), [root_mean_square(each) for each in errors], len(field.seeds))

@@ -1,9 +1,8 @@
 """The model card of a finished search, made from its report alone."""
 
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -14,8 +13,9 @@ from diffusers_searched_solver import pipelines
 from diffusers_searched_solver.hub import TAG
 from diffusers_searched_solver.serialization import write_whole
 
-from ..measure.evaluate import is_diffusers_scheduler
+from ..measure.evaluate import SEARCHED, Row
 from ..measure.image_metrics import COLUMNS, columns_of
+from .record import Report
 
 
 TEMPLATE = "card_template.md"
@@ -44,48 +44,53 @@ def write_card(folder: Path, name: str) -> None:
         folder: Where they are.
         name (`str`): What `SearchedSolverScheduler.from_pretrained` finds the solver by: a repository or a folder.
     """
-    report = json.loads((folder / "report.json").read_text())
-    results = {int(n): rows for n, rows in sorted(report["evaluation"]["results"].items(), key=lambda kv: int(kv[0]))}
+    report = Report.read(folder)
     has_images = (folder / IMAGES).exists()
     metadata = ModelCardData(
         library_name="diffusers",
-        license=report["license"],
-        base_model=report["base_model"],
+        license=report.license,
+        base_model=report.base_model,
         # It is used with its base model, not in its place.
-        base_model_relation="adapter" if report["base_model"] else None,
+        base_model_relation="adapter" if report.base_model else None,
         tags=[TAG, "scheduler"],
         model_name=_title(name),
-        eval_results=[each for n, rows in results.items() for each in _eval_results(n, rows, report)],
+        eval_results=[
+            each for n, rows in report.evaluation.results.items() for each in _eval_results(n, rows, report)
+        ],
     )
-    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{_text(report, results, name, has_images)}")
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{_text(report, name, has_images)}")
     write_whole(folder / CARD, str(card).encode(errors="backslashreplace"))
 
 
-def _eval_results(num_steps: int, rows: Sequence[Mapping], report: Mapping) -> list[EvalResult]:
+def _eval_results(num_steps: int, rows: Sequence[Row], report: Report) -> list[EvalResult]:
     """The searched solver's error, and its ratios to the rivals', as a card's metadata has them."""
-    evaluation = report["evaluation"]
-    about = {
-        "task_type": "other",
-        "task_name": "Few-step sampling",
-        "dataset_type": "noise",
-        "dataset_name": f"{evaluation['num_samples']} noises that the search has not seen",
-        "dataset_config": f"{num_steps} steps",
-        "dataset_args": {"seed": report["seed"], "teacher_steps": evaluation["teacher_steps"]},
-    }
+    evaluation = report.evaluation
     found = []
-    for row in sorted(rows, key=lambda row: row["solver"] != "searched"):
-        if row["solver"] == "searched":
-            name, kind, value, interval = "End-point error", "endpoint_error", row["endpoint_error"], "error_interval"
+    for row in sorted(rows, key=lambda row: row.solver != SEARCHED):
+        if row.contest is None:
+            name, kind, value, interval = "End-point error", "endpoint_error", row.endpoint_error, row.error_interval
         else:
-            name, kind, value, interval = f"Error / {row['solver']}'s", "error_ratio", row["ratio"], "ratio_interval"
+            name, kind = f"Error / {row.solver}'s", "error_ratio"
+            value, interval = row.contest.ratio, row.contest.ratio_interval
         # A rival may diverge; the Hub's format has finite numbers only.
         if math.isfinite(value):
-            args = {"interval_95": row[interval]}
-            found.append(EvalResult(**about, metric_type=kind, metric_name=name, metric_value=value, metric_args=args))
+            result = EvalResult(
+                task_type="other",
+                task_name="Few-step sampling",
+                dataset_type="noise",
+                dataset_name=f"{row.num_samples} noises that the search has not seen",
+                dataset_config=f"{num_steps} steps",
+                dataset_args={"seed": report.seed, "teacher_steps": evaluation.teacher_steps},
+                metric_type=kind,
+                metric_name=name,
+                metric_value=value,
+                metric_args={"interval_95": list(interval)},
+            )
+            found.append(result)
     return found
 
 
-def _text(report: Mapping, results: Mapping[int, Sequence[Mapping]], name: str, has_images: bool) -> str:
+def _text(report: Report, name: str, has_images: bool) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -95,13 +100,14 @@ def _text(report: Mapping, results: Mapping[int, Sequence[Mapping]], name: str, 
         keep_trailing_newline=True,
     )
     environment.filters |= {"number": _number, "share": "{:.0%}".format, "code": _code, "metric_title": COLUMNS.get}
-    metrics = report["evaluation"].get("image_metrics", {})
+    metrics, results = report.evaluation.image_metrics, report.evaluation.results
     return environment.get_template(TEMPLATE).render(
         report=report,
         results=results,
         metrics=metrics,
-        columns=columns_of([row for rows in metrics.get("results", {}).values() for row in rows]),
-        summary={n: _summary(rows) for n, rows in results.items()},
+        columns=[] if metrics is None else columns_of([row for rows in metrics.results.values() for row in rows]),
+        summary=report.summaries,
+        verdicts=report.verdicts,
         title=_title(name),
         step_counts=_listed(results),
         usage=_usage(report, name, min(results), has_images),
@@ -114,25 +120,16 @@ def _title(name: str) -> str:
     return Path(name).resolve().name
 
 
-def _summary(rows: Sequence[Mapping]) -> list[Mapping]:
-    """The searched solver and the best of either kind of rival."""
-    return [
-        next(row for row in rows if row["solver"] == "searched"),
-        next(row for row in rows if is_diffusers_scheduler(row)),
-        next(row for row in rows if row["solver"] == "classical table"),
-    ]
-
-
-def _usage(report: Mapping, name: str, num_steps: int, has_images: bool) -> str:
+def _usage(report: Report, name: str, num_steps: int, has_images: bool) -> str:
     """Python code that draws a sample as the search did."""
-    cls = report["pipeline_class"]
+    cls = report.pipeline_class
     package = "diffusers_searched_solver.pipelines" if hasattr(pipelines, cls) else "diffusers"
-    arguments = "".join(f"{key}={value!r}, " for key, value in report["example"].items())
+    arguments = "".join(f"{key}={value!r}, " for key, value in report.example.items())
     return f"""\
 from {package} import {cls}
 from diffusers_searched_solver import SearchedSolverScheduler
 
-pipe = {cls}.from_pretrained({report["base_model"] or report["pipeline"]!r})
+pipe = {cls}.from_pretrained({report.base_model or report.pipeline!r})
 pipe.scheduler = SearchedSolverScheduler.from_pretrained({name!r})
 {"image" if has_images else "output"} = pipe({arguments}num_inference_steps={num_steps}){".images[0]" * has_images}"""
 

@@ -1,25 +1,27 @@
 """Images of the same noise under the teacher, diffusers' schedulers and the searched solver."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image, ImageChops, ImageDraw
-from tqdm import tqdm
 
 from diffusers_searched_solver import SearchedSolverScheduler
 from diffusers_searched_solver.check import teacher_solver
 
 from ..known.baselines import diffusers_schedulers
-from ..launch.processes import quiet
-from ..measure.evaluate import is_diffusers_scheduler
+from ..measure.evaluate import OWN, SEARCHED, Row
+from ..measure.measuring import Evaluation
+from ..teacher.batches import Samples, in_parts, merged, pipeline_calls
 
 
 MIN_TILE = 64
 LABEL_WIDTH = 330
 ERROR_GAIN = 8
+# Samplers of each step count that are looked at.
+SHOWN = 3
 BACKGROUND, INK = (255, 255, 255), (20, 20, 20)
 
 
@@ -46,46 +48,56 @@ def draw_samples(
     scheduler: SearchedSolverScheduler,
     conditions: Sequence[Mapping],
     seeds: Sequence[int],
-    tables: Mapping[int, Sequence[Mapping]],
-    teacher_steps: int,
+    evaluation: Evaluation,
+    batch_size: int,
+    update: Callable[[int], object],
 ) -> SampleImages:
     """
-    Sample the pipeline with the teacher, and with what each table of results says is worth looking at: the best of
-    diffusers' schedulers, its first-order one and the searched solver.
+    Sample the pipeline with the teacher, and with what a measurement says is worth looking at: the best of diffusers'
+    schedulers, its first-order one and the searched solver.
 
     Args:
         scheduler: Runs the searched solver.
         conditions, seeds: Keyword arguments of a call and the seed of its noise, for each image.
-        tables: By number of steps, the rows of `evaluate.compare`.
+        evaluation: The measurement.
+        batch_size (`int`): Images in one call, if their conditions can share it.
+        update: Is told how many evaluations every call took.
 
     Raises:
         TypeError: If the pipeline does not make images.
     """
-    config = pipe.scheduler.config
-    rows = {num_steps: {**_shown(config, table), "searched": scheduler} for num_steps, table in sorted(tables.items())}
-    teacher = SearchedSolverScheduler.from_config(config, solver=teacher_solver(scheduler.process, teacher_steps))
-    steps = len(conditions) * (teacher_steps + sum(n * len(contenders) for n, contenders in rows.items()))
-    with tqdm(total=steps, desc="drawing", unit=" steps", disable=quiet(), smoothing=0) as progress:
+    config, steps = pipe.scheduler.config, evaluation.teacher_steps
+    shown = {n: {**_shown(pipe, rows), SEARCHED: scheduler} for n, rows in sorted(evaluation.results.items())}
+    teacher = SearchedSolverScheduler.from_config(config, solver=teacher_solver(scheduler.process, steps))
+    calls = pipeline_calls(conditions, seeds, batch_size)
 
-        def draw(with_scheduler: SchedulerMixin, num_steps: int) -> list[Image.Image]:
-            images = []
-            for kwargs, seed in zip(conditions, seeds, strict=True):
-                images += sample_images(pipe, with_scheduler, kwargs, [seed], num_steps)[:1]
-                progress.update(num_steps)
-            return images
+    def draw(with_scheduler: SchedulerMixin, num_steps: int) -> list[Image.Image]:
+        def some(samples: Samples, _) -> list[tuple[int, Image.Image]]:
+            of_samples = [seed for _, seed in samples]
+            images = sample_images(pipe, with_scheduler, merged(samples), of_samples, num_steps)
+            update(num_steps * len(samples))
+            return list(zip(of_samples, images, strict=False))
 
-        goal = draw(teacher, teacher_steps)
-        samples = {n: {name: draw(each, n) for name, each in contenders.items()} for n, contenders in rows.items()}
-    return SampleImages([_caption(kwargs) for kwargs in conditions], teacher_steps, goal, samples)
+        found = dict(pair for samples in calls for part in in_parts(some, samples, ()) for pair in part)
+        return [found[seed] for seed in seeds if seed in found]
+
+    goal = draw(teacher, steps)
+    samples = {n: {name: draw(each, n) for name, each in contenders.items()} for n, contenders in shown.items()}
+    return SampleImages([_caption(kwargs) for kwargs in conditions[: len(goal)]], steps, goal, samples)
 
 
-def _shown(config: Mapping, table: Sequence[Mapping]) -> dict[str, SchedulerMixin]:
+def drawing_evaluations(num_images: int, step_counts: Sequence[int], teacher_steps: int) -> int:
+    """Evaluations of one sample that `draw_samples` makes."""
+    return num_images * (teacher_steps + SHOWN * sum(step_counts))
+
+
+def _shown(pipe: DiffusionPipeline, rows: Sequence[Row]) -> dict[str, SchedulerMixin]:
     """The best of diffusers' schedulers in a table of results, and its first-order one."""
-    families = diffusers_schedulers(config)
+    families = diffusers_schedulers(pipe.scheduler.config)
     first_order = next(iter(families))
-    best, *others = (row for row in table if is_diffusers_scheduler(row))
-    shown = [best, *(row for row in others if row["solver"] == first_order)]
-    return {row["solver"]: families[row["solver"]][row["setting"]] for row in shown}
+    best, *others = (row for row in rows if row.from_diffusers)
+    shown = [best, *(row for row in others if row.solver == first_order)]
+    return {row.solver: pipe.scheduler if row.solver == OWN else families[row.solver][row.setting] for row in shown}
 
 
 def _caption(call_kwargs: Mapping) -> str:
@@ -134,7 +146,7 @@ def image_grid(images: SampleImages) -> Image.Image:
     """
     rows = {f"teacher, {images.teacher_steps} steps": images.teacher}
     for num_steps, samples in images.samples.items():
-        for name in (next(iter(samples)), "searched"):
+        for name in (next(iter(samples)), SEARCHED):
             rows[f"{name}, {num_steps} steps"] = samples[name]
             errors = error_images(samples[name], images.teacher)
             rows[f"  its error x {ERROR_GAIN}, {num_steps} steps, {name}"] = errors

@@ -1,10 +1,9 @@
 """What a search leaves behind: the solver, the report, the images and the model card, each written whole."""
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, S
 from ..teacher.splits import EVALUATION_SEEDS, split_seeds
 from .card import IMAGES, write_card
 from .images import SampleImages, draw_samples, image_grid
+from .record import NAME, Report
 from .report import write_report
 
 
@@ -24,47 +24,74 @@ ASIDE = ".unfinished."
 
 def write_results(
     pipe: DiffusionPipeline,
-    conditions: Sequence[Mapping],
     solvers: Mapping[int, SearchedSolver],
-    report: Mapping,
+    report: Report,
     output_dir: Path,
-    provenance: Mapping[str, str] | None = None,
+    provenance: Mapping[str, str],
 ) -> None:
     """
-    Write everything, and say how to use it.
+    Write everything but pictures.
 
     Args:
-        provenance (*optional*): Of solvers that no search has found here. They get no model card.
+        provenance: Where the solvers come from, as their file says it.
     """
-    scheduler = _scheduler(pipe, solvers, _provenance(report) if provenance is None else provenance)
-    images = _draw_images(pipe, scheduler, conditions, report)
     with _published(output_dir) as aside:
-        scheduler.save_pretrained(aside)
-        (aside / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        _scheduler(pipe, solvers, provenance).save_pretrained(aside)
+        _write_report(aside, report, output_dir, None)
+    # Of other solvers.
+    (output_dir / IMAGES).unlink(missing_ok=True)
+
+
+def draw(
+    pipe: DiffusionPipeline,
+    conditions: Sequence[Mapping],
+    solvers: Mapping[int, SearchedSolver],
+    report: Report,
+    output_dir: Path,
+    batch_size: int,
+    update: Callable[[int], object],
+) -> str:
+    """
+    Draw the first of the held-out noises and add them to what is written.
+
+    Args:
+        batch_size (`int`): Images in one call.
+        update: Is told how many evaluations of one sample were made.
+
+    Returns:
+        `str`: What was drawn.
+    """
+    scheduler = _scheduler(pipe, solvers, {})
+    conditions = conditions[:GRID_SAMPLES]
+    seeds = split_seeds(report.seed, EVALUATION_SEEDS, len(conditions))
+    try:
+        images = draw_samples(pipe, scheduler, conditions, seeds, report.evaluation, batch_size, update)
+    except TypeError as error:
+        images = None
+        told = f"No images: {error}"
+    with _published(output_dir) as aside:
         if images is not None:
             image_grid(images).save(aside / IMAGES)
+            told = f"Drew '{output_dir / IMAGES}'."
+        shutil.copytree(output_dir / "solver", aside / "solver")
+        _write_report(aside, report, output_dir, images)
+    return told
+
+
+def _write_report(aside: Path, report: Report, output_dir: Path, images: SampleImages | None):
+    (aside / NAME).write_text(report.to_json())
+    if report.evaluation is not None:
         write_report(aside, images)
-        if "search" in report:
+        if report.search is not None:
             write_card(aside, str(output_dir))
-    print(f"\nWrote {output_dir}. Use it with\n  from diffusers_searched_solver import SearchedSolverScheduler")
-    print(f"  pipe.scheduler = SearchedSolverScheduler.from_pretrained({str(output_dir)!r})")
 
 
-def _provenance(report: Mapping) -> dict[str, str]:
-    """How solvers came to be, as their file says it."""
-    errors = {
-        n: next(row["endpoint_error"] for row in rows if row["solver"] == "searched")
-        for n, rows in report["evaluation"]["results"].items()
-    }
-    scale = report["guidance_scale"]
-    return {
-        "base_model": report["pipeline"],
-        "license": report["license"],
-        "guidance_scale": "the pipeline's default" if scale is None else str(scale).strip("[]"),
-        "fitter": report["search"]["fitter"],
-        "teacher": f"{report['search']['teacher_steps']} steps",
-        "endpoint_errors": json.dumps(errors),
-    }
+def how_to_use(output_dir: Path) -> str:
+    """Lines for the terminal."""
+    return (
+        f"\nWrote {output_dir}. Use it with\n  from diffusers_searched_solver import SearchedSolverScheduler\n"
+        f"  pipe.scheduler = SearchedSolverScheduler.from_pretrained({str(output_dir)!r})"
+    )
 
 
 def write_solvers(
@@ -79,18 +106,6 @@ def _scheduler(pipe, solvers, provenance) -> SearchedSolverScheduler:
     own = SearchedSolverScheduler.from_config(pipe.scheduler.config)
     file = SolverFile(dict(solvers), own.process, own.config.prediction_type, dict(provenance))
     return SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=file)
-
-
-def _draw_images(pipe, scheduler, conditions, report) -> SampleImages | None:
-    """The first of the evaluation's noises as images, if the pipeline makes any."""
-    conditions = conditions[:GRID_SAMPLES]
-    seeds = split_seeds(report["seed"], EVALUATION_SEEDS, len(conditions))
-    tables = {int(n): rows for n, rows in report["evaluation"]["results"].items()}
-    try:
-        return draw_samples(pipe, scheduler, conditions, seeds, tables, report["evaluation"]["teacher_steps"])
-    except TypeError as error:
-        print(f"No images: {error}")
-        return None
 
 
 @contextmanager

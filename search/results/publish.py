@@ -18,9 +18,10 @@ from diffusers_searched_solver import SearchedSolverScheduler
 from diffusers_searched_solver.serialization import SOLVER_FILE
 
 from .card import CARD, IMAGES, write_card
+from .record import NAME
 
 
-FILES = (CARD, "report.json", "report.html", IMAGES, SearchedSolverScheduler.config_name, SOLVER_FILE)
+FILES = (CARD, NAME, "report.html", IMAGES, SearchedSolverScheduler.config_name, SOLVER_FILE)
 
 
 class PublishError(RuntimeError):
@@ -57,6 +58,8 @@ def publish(folder: Path, repo_id: str) -> str:
     """
     try:
         check_target(repo_id)
+        if not (folder / NAME).is_file():
+            raise FileNotFoundError(f"There is no '{folder / NAME}'.")
         write_card(folder, repo_id)
         api = HfApi()
         address = str(api.create_repo(repo_id, exist_ok=True))
@@ -67,9 +70,10 @@ def publish(folder: Path, repo_id: str) -> str:
         operations += [CommitOperationDelete(name) for name in sorted(stale)]
         api.create_commit(repo_id, operations, commit_message="Upload a searched solver")
     except Exception as error:  # Whatever it is, it must not look as if the search had failed.
+        command = shlex.join(["python", "-m", "search.results.publish", str(folder), repo_id])
         raise PublishError(
             f"The solver was not uploaded to '{repo_id}': {' '.join(str(error).split())}\nEverything is in "
-            f"'{folder}'. Try again with\n  {shlex.join(['python', '-m', 'search.publish', str(folder), repo_id])}"
+            f"'{folder}'. Try again with\n  {command}"
         ) from error
     return address
 

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,11 +13,13 @@ from PIL import Image
 from diffusers_searched_solver import NoiseProcess, SearchedSolver, load_solver_file
 from diffusers_searched_solver.serialization import SOLVER_FILE
 
-from ..measure.evaluate import is_diffusers_scheduler
+from ..known.baselines import CLASSICAL
+from ..measure.evaluate import SEARCHED, Row
 from ..measure.image_metrics import COLUMNS
-from ..measure.trajectory import CLASSICAL_ORDER, with_classical_coefficients
+from ..measure.trajectory import CLASSICAL_ORDER, TrajectoryRow, with_classical_coefficients
 from .charts import Axis, Chart, Line
 from .images import ERROR_GAIN, SampleImages, error_images
+from .record import Report
 
 
 TEMPLATE = "report_template.html"
@@ -38,9 +39,9 @@ def write_report(folder: Path, images: SampleImages | None = None) -> None:
         folder: Where they are.
         images (*optional*): Without them the report has no pictures.
     """
-    report = json.loads((folder / "report.json").read_text())
+    report = Report.read(folder)
     file = load_solver_file(folder / SOLVER_FILE)
-    results = {int(n): rows for n, rows in sorted(report["evaluation"]["results"].items(), key=lambda kv: int(kv[0]))}
+    results = dict(sorted(report.evaluation.results.items()))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -53,7 +54,8 @@ def write_report(folder: Path, images: SampleImages | None = None) -> None:
     html = environment.get_template(TEMPLATE).render(
         report=report,
         results=results,
-        summary=[_summary(n, rows) for n, rows in results.items()],
+        verdicts=report.verdicts,
+        summary={n: report.summaries[n] for n in results},
         images=None if images is None else _tiles(images),
         error_chart=_error_chart(results),
         process=file.process,
@@ -64,31 +66,21 @@ def write_report(folder: Path, images: SampleImages | None = None) -> None:
     (folder / "report.html").write_text(html, encoding="utf-8")
 
 
-def _summary(num_steps: int, rows: Sequence[Mapping]) -> dict:
-    """The searched solver and the best of either kind of rival."""
-    return {
-        "num_steps": num_steps,
-        "searched": next(row for row in rows if row["solver"] == "searched"),
-        "diffusers": next(row for row in rows if is_diffusers_scheduler(row)),
-        "classical": next(row for row in rows if row["solver"] == "classical table"),
-    }
-
-
-def _error_chart(results: Mapping[int, Sequence[Mapping]]) -> Chart:
+def _error_chart(results: Mapping[int, Sequence[Row]]) -> Chart:
     """
     Errors against steps: the searched solver, then the rivals, the best at the most steps first. A rival that diverges
     is in the table alone.
     """
     counts = list(results)
-    last = sorted(results[counts[-1]], key=lambda row: row["solver"] != "searched")
-    rival = next(row["solver"] for row in last if is_diffusers_scheduler(row))
+    last = sorted(results[counts[-1]], key=lambda row: row.solver != SEARCHED)
+    rival = next(row.solver for row in last if row.from_diffusers)
     lines = []
-    for name in (row["solver"] for row in last):
-        rows = {n: row for n in counts for row in results[n] if row["solver"] == name}
-        if np.isfinite([row["error_interval"] for row in rows.values()]).all():
-            points = [(n, row["endpoint_error"]) for n, row in rows.items()]
-            intervals = [(n, *row["error_interval"]) for n, row in rows.items()]
-            role = {"searched": "searched", rival: "rival"}.get(name, "other")
+    for name in (row.solver for row in last):
+        rows = {n: row for n in counts for row in results[n] if row.solver == name}
+        if np.isfinite([row.error_interval for row in rows.values()]).all():
+            points = [(n, row.endpoint_error) for n, row in rows.items()]
+            intervals = [(n, *row.error_interval) for n, row in rows.items()]
+            role = {SEARCHED: "searched", rival: "rival"}.get(name, "other")
             lines.append(Line(name, role, points, intervals))
     lowest = min(low for line in lines for _, low, _ in line.whiskers)
     highest = max(high for line in lines for _, _, high in line.whiskers) or 1.0
@@ -104,12 +96,12 @@ def _error_chart(results: Mapping[int, Sequence[Mapping]]) -> Chart:
     )
 
 
-def _details(solver: SearchedSolver, process: NoiseProcess, report: Mapping) -> dict:
+def _details(solver: SearchedSolver, process: NoiseProcess, report: Report) -> dict:
     """What the page shows of one solver."""
-    trajectories = report["evaluation"]["trajectories"][str(solver.num_steps)]
+    trajectories = report.evaluation.trajectories[solver.num_steps]
     time = Axis(process.max_timestep, 0)
     return {
-        "schedule": _schedule_chart(trajectories[0]["timesteps"], process, time),
+        "schedule": _schedule_chart(trajectories[0].timesteps, process, time),
         "calls": _calls_chart(solver, trajectories, time),
         "trajectory": _trajectory_chart(trajectories, time),
         "heat_maps": _heat_maps(solver),
@@ -137,13 +129,13 @@ def _schedule_chart(nodes: Sequence[float], process: NoiseProcess, time: Axis) -
     )
 
 
-def _calls_chart(solver: SearchedSolver, trajectories: Sequence[Mapping], time: Axis) -> Chart:
+def _calls_chart(solver: SearchedSolver, trajectories: Sequence[TrajectoryRow], time: Axis) -> Chart:
     """Where the solver's nodes are, where it calls the network, and where the best classical table has its nodes."""
-    classical = next(row for row in trajectories if row["solver"] == "classical table")
+    classical = next(row for row in trajectories if row.solver == CLASSICAL)
     rows = [
-        ("nodes", "searched", trajectories[0]["timesteps"]),
+        ("nodes", "searched", trajectories[0].timesteps),
         ("network calls", "searched", solver.timesteps.tolist()),
-        ("classical nodes", "other", classical["timesteps"]),
+        ("classical nodes", "other", classical.timesteps),
     ]
     return Chart(
         "Timesteps of the searched nodes, of the network calls and of the best classical table",
@@ -159,17 +151,17 @@ def _calls_chart(solver: SearchedSolver, trajectories: Sequence[Mapping], time: 
     )
 
 
-def _trajectory_chart(trajectories: Sequence[Mapping], time: Axis) -> Chart:
+def _trajectory_chart(trajectories: Sequence[TrajectoryRow], time: Axis) -> Chart:
     """Distances to the teacher along the runs."""
     roles = ("searched", "rival", "other")
     return Chart(
         "Distance to the teacher's state at the same noise level",
         time,
-        Axis(0, 1.05 * (max(error for row in trajectories for error in row["errors"]) or 1.0)),
+        Axis(0, 1.05 * (max(error for row in trajectories for error in row.errors) or 1.0)),
         "timestep",
         "distance to the teacher",
         [
-            Line(row["solver"], role, list(zip(row["timesteps"], row["errors"], strict=True)))
+            Line(row.solver, role, list(zip(row.timesteps, row.errors, strict=True)))
             for row, role in zip(trajectories, roles, strict=True)
         ],
         height=16,

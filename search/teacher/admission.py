@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver.trial import Trial, UnsuitableCallError, check_arguments, try_call
 
+from ..pipeline.conditions import variant_of
 from ..pipeline.field import Alone, FieldError, NetworkCalls, PipelineField, merge_conditions
 from ..pipeline.rollout import node_of
 from .batches import pipeline_calls
@@ -46,7 +47,7 @@ def admit(pipe: DiffusionPipeline, conditions: Sequence[Mapping], step_counts: S
     conditions = list(conditions)
     for condition in conditions:
         check_arguments(pipe, condition)
-    for condition in {condition.get("guidance_scale"): condition for condition in reversed(conditions)}.values():
+    for condition in {variant_of(condition): condition for condition in reversed(conditions)}.values():
         trial = try_call(pipe, condition, min(step_counts), SEED)
         if trial.schedule_argument is not None:
             logger.warning(_needs_argument(pipe, trial))

@@ -43,14 +43,14 @@ def make_noises(
     seeds = [*order, *split_seeds(seed, split, MOST_NOISES)[len(order) :]]
 
     def make(start: int, stop: int, first: int) -> tuple[list[Batch], int]:
-        turned = _turned(conditions, seeds[start:stop], seed, split)
-        count = len(pipeline_calls(turned, seeds[start:stop], batch_size))
-        return make_batches(pipe, turned, seeds[start:stop], batch_size, teacher_steps, calls, cache, first), count
+        of_noises = turned(conditions, seeds[start:stop], seed, split)
+        count = len(pipeline_calls(of_noises, seeds[start:stop], batch_size))
+        return make_batches(pipe, of_noises, seeds[start:stop], batch_size, teacher_steps, calls, cache, first), count
 
     return Noises(make, lambda: calls.count, seeds.__getitem__, strata)
 
 
-def _turned(conditions: Sequence[Mapping], seeds: Sequence[int], seed: int, split: int) -> list[Mapping]:
+def turned(conditions: Sequence[Mapping], seeds: Sequence[int], seed: int, split: int) -> list[Mapping]:
     """The condition of each noise: they are used in turn, whatever order the noises come in."""
     first = split_seeds(seed, split, 1)[0]
     return [conditions[(each - first) % len(conditions)] for each in seeds]

@@ -32,7 +32,7 @@ def search(processes: int, folder: Path) -> float:
     command = [*launch, ROOT / "search" / "run.py", *where, *SEARCH]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     report = json.loads((folder / "report.json").read_text())
-    return report["search"]["cost_with_teacher"][str(NUM_STEPS)]["seconds"]
+    return report["search"]["costs"][str(NUM_STEPS)]["seconds"]
 
 
 def table_of(folder: Path) -> list:
