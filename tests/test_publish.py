@@ -294,7 +294,7 @@ def test_an_upload_that_fails_loses_nothing_and_says_how_to_try_again(folder, on
 
 def test_without_a_connection_the_upload_can_be_made_later(folder, monkeypatch):
     point_client_at("http://127.0.0.1:1", monkeypatch)
-    with pytest.raises(PublishError, match="(?s)not uploaded.*Everything is in .*search.publish"):
+    with pytest.raises(PublishError, match="(?s)not uploaded.*Everything is in .*search.results.publish"):
         publish(folder, REPO)
 
 
