@@ -5,6 +5,7 @@ import threading
 
 import torch
 
+from .history import History
 from .solver import SearchedSolver
 
 
@@ -16,13 +17,13 @@ class Run:
     Attributes:
         thread (`int`): Which began it.
         step_index (`int`, *optional*): The step that comes next; None before the first.
-        history (`list[torch.Tensor]`): The predictions so far.
+        history (`History`, *optional*): The predictions so far; None before the first step and after the last.
     """
 
     def __init__(self, solver: SearchedSolver, timesteps: torch.Tensor):
         self.solver, self._timesteps, self.thread = solver, timesteps, threading.get_ident()
         self.step_index: int | None = None
-        self.history: list[torch.Tensor] = []
+        self.history: History | None = None
 
     def place(self, timestep) -> int | None:
         """Which element of the schedule's tensor a timestep is, if it is that itself and not a copy."""

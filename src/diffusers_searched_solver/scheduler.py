@@ -1,5 +1,6 @@
 """SearchedSolverScheduler: the diffusers scheduler contract around a SearchedSolver. No numerics of its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
 
 from .configs import BETAS, process_from_config
+from .history import History
 from .runs import Run
 from .saving import SavedWithSolver
 from .schedules import default_table, searched_table, steps_asked_for, table_on, to_numpy
@@ -197,13 +199,9 @@ class SearchedSolverScheduler(SavedWithSolver):
     # A run
 
     @property
-    def model_outputs(self) -> list[torch.Tensor]:
-        """The predictions that the steps to come need; ChronoEdit drops frames of them."""
-        return [] if self._run is None else self._run.history
-
-    @model_outputs.setter
-    def model_outputs(self, tensors: list[torch.Tensor]):
-        self._run.history = tensors
+    def model_outputs(self) -> Sequence[torch.Tensor]:
+        """The predictions that the steps to come need, oldest first; ChronoEdit drops frames of them."""
+        return [] if self._run is None or self._run.history is None else self._run.history
 
     def scale_model_input(self, sample: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """The sample itself: this scheduler's states are what the network takes."""
@@ -257,17 +255,16 @@ class SearchedSolverScheduler(SavedWithSolver):
             )
         if eta:
             raise NotImplementedError("A searched solver is deterministic. Call the pipeline without `eta`.")
-        solver = run.solver
-        prediction = solver.prediction(model_output, sample, index, self.config.prediction_type)
-        run.history.append(prediction)
-        prev_sample = solver.step(sample, run.history, index).to(model_output.dtype)
+        solver, kind = run.solver, self.config.prediction_type
+        history = History(solver, kind, index) if run.step_index is None else run.history
+        history.append(model_output, sample)
+        prev_sample = history.step(sample).to(model_output.dtype)
         run.step_index = index + 1
-        if run.step_index == solver.num_steps:
-            run.history = []
+        run.history = history if run.step_index < solver.num_steps else None
         # Two passes over memory that the loops of pipelines have no use for, but for PixArt's in one step.
         if not return_dict and solver.num_steps > 1:
             return (prev_sample,)
-        data = solver.data(prediction, sample, index).to(model_output.dtype)
+        data = solver.data(model_output, sample, index, kind).to(model_output.dtype)
         return SearchedSolverSchedulerOutput(prev_sample, data) if return_dict else (prev_sample, data)
 
     def _output(self, model_output, sample, per_token_timesteps) -> torch.Tensor:

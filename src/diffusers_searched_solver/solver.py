@@ -1,16 +1,15 @@
 """SearchedSolver: a multistep solver as a frozen table, and the only implementation of its update."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.polynomial import Polynomial
 
+from .checks import check_coefficients, check_nodes, check_table
 from .process import FRAME_PREDICTIONS, convert_prediction
-
-
-ROW_SUM_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +56,7 @@ class SearchedSolver:
             table = np.array(getattr(self, name), dtype=np.float64)
             table.setflags(write=False)
             object.__setattr__(self, name, table)
-        _check(self)
+        check_table(self)
         object.__setattr__(self, "_weights", _update_weights(self))
 
     @property
@@ -81,18 +80,20 @@ class SearchedSolver:
         """
         return self._convert(model_output, sample, index, prediction_type, FRAME_PREDICTIONS[self.frame])
 
-    def data(self, prediction: torch.Tensor, sample: torch.Tensor, index: int) -> torch.Tensor:
-        """The data D that the prediction p_i of step `index` points at, given the state x_i."""
-        return self._convert(prediction, sample, index, FRAME_PREDICTIONS[self.frame], "sample")
+    def data(self, model_output: torch.Tensor, sample: torch.Tensor, index: int, prediction_type: str) -> torch.Tensor:
+        """The data D that an output points at; arguments and result as of [`prediction`]."""
+        return self._convert(model_output, sample, index, prediction_type, "sample")
 
     def _convert(self, output, sample, index: int, source: str, target: str) -> torch.Tensor:
-        u, w = self._conversion(index, source, target)
+        u, w = convert_prediction(source, target, float(self.alphas[index]), float(self.sigmas[index]))
         if u == 0:
             return output if w == 1 else output * w
-        return _weighted_sum(sample, u, [output], [w])
+        return weighted_sum(sample, u, [output], [w])
 
-    def _conversion(self, index: int, source: str, target: str) -> tuple[float, float]:
-        return convert_prediction(source, target, float(self.alphas[index]), float(self.sigmas[index]))
+    def conversion(self, index: int, prediction_type: str) -> tuple[float, float]:
+        """The weights u and w of p = u * x + w * m, where m is the network's output in step `index`."""
+        target = FRAME_PREDICTIONS[self.frame]
+        return convert_prediction(prediction_type, target, float(self.alphas[index]), float(self.sigmas[index]))
 
     def step(self, sample: torch.Tensor, history: Sequence[torch.Tensor], index: int) -> torch.Tensor:
         """
@@ -108,11 +109,14 @@ class SearchedSolver:
         Returns:
             `torch.Tensor`: x', a new tensor; float32 for half-precision samples, otherwise of the sample's dtype.
         """
+        state_weight, weights = self.update_weights(index, len(history))
+        return weighted_sum(sample, state_weight, history, weights)
+
+    def update_weights(self, index: int, count: int) -> tuple[float, tuple[float, ...]]:
+        """The weights of x and of the last `count` predictions, oldest first, in the update of [`step`]."""
         state_weight, weights = self._weights[index]
-        missing = index + 1 - len(history)
-        if missing:
-            weights = (sum(weights[: missing + 1]), *weights[missing + 1 :])
-        return _weighted_sum(sample, state_weight, history, weights)
+        missing = index + 1 - count
+        return state_weight, (sum(weights[: missing + 1]), *weights[missing + 1 :])
 
     def update_table(self, prediction_type: str) -> torch.Tensor:
         """
@@ -123,7 +127,7 @@ class SearchedSolver:
         """
         table = torch.zeros(self.num_steps, self.num_steps + 3, dtype=torch.float64)
         for i, (state_weight, weights) in enumerate(self._weights):
-            u, w = self._conversion(i, prediction_type, FRAME_PREDICTIONS[self.frame])
+            u, w = self.conversion(i, prediction_type)
             table[i, : i + 4] = torch.tensor([u, w, state_weight, *weights], dtype=torch.float64)
         return table
 
@@ -162,7 +166,7 @@ class SearchedSolver:
         """
         if frame == self.frame:
             return self
-        _check_coefficients(replace(self, consistent=True))
+        check_coefficients(replace(self, consistent=True))
         n, units = self.num_steps, torch.eye(self.num_steps + 1, dtype=torch.float64)
         source, target = FRAME_PREDICTIONS[frame], FRAME_PREDICTIONS[self.frame]
         states, history = [units[0]], []
@@ -211,7 +215,7 @@ class SearchedSolver:
         "DPM-Solver++", arXiv 2211.01095.
         """
         alphas, sigmas = np.asarray(alphas, np.float64), np.asarray(sigmas, np.float64)
-        _check_nodes(alphas, sigmas)
+        check_nodes(alphas, sigmas)
         scales, signals = _frame_scales(alphas, sigmas, frame)
         num_steps = len(timesteps)
         coefficients = np.zeros((num_steps, num_steps))
@@ -248,10 +252,17 @@ def tensor_step(
     row = table.index_select(0, index)[0]
     x = sample.to(table.dtype)
     history = history.index_copy(0, index, (row[0] * x + row[1] * model_output)[None])
-    return (row[2] * x + torch.tensordot(row[3:], history, dims=1)).to(sample.dtype), history
+    with exact_products(x.device):
+        return (row[2] * x + torch.tensordot(row[3:], history, dims=1)).to(sample.dtype), history
 
 
-def _weighted_sum(
+def exact_products(device: torch.device) -> AbstractContextManager:
+    """Where matrix products are not rounded to half precision, as `torch.autocast` would."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def weighted_sum(
     sample: torch.Tensor, scale: float, tensors: Sequence[torch.Tensor], weights: Sequence[float]
 ) -> torch.Tensor:
     """scale * sample + sum_j weights_j * tensors_j, accumulated in at least float32, with no pass over memory more."""
@@ -289,59 +300,3 @@ def _update_weights(solver: SearchedSolver) -> tuple[tuple[float, tuple[float, .
     lengths = m[1:] - state_weights * m[:-1]
     rows = lengths[:, None] * solver.coefficients
     return tuple((float(state_weights[i]), tuple(rows[i, : i + 1].tolist())) for i in range(solver.num_steps))
-
-
-def _check(solver: SearchedSolver):
-    """Refuse tables that break a promise of the class, naming the table, the value and the promise."""
-    if solver.frame not in FRAME_PREDICTIONS:
-        raise ValueError(f"`frame` is {solver.frame!r}, expected one of {sorted(FRAME_PREDICTIONS)}.")
-    n = solver.timesteps.size
-    if solver.timesteps.ndim != 1 or n == 0:
-        raise ValueError(f"`timesteps` has shape {solver.timesteps.shape}, expected one number a step, at least one.")
-    shapes = {"alphas": (n + 1,), "sigmas": (n + 1,), "coefficients": (n, n)}
-    for name, shape in shapes.items():
-        if getattr(solver, name).shape != shape:
-            raise ValueError(f"`{name}` has shape {getattr(solver, name).shape}, expected {shape} for {n} steps.")
-    for name in ("timesteps", *shapes):
-        table = getattr(solver, name)
-        if not np.isfinite(table).all():
-            place = np.argwhere(~np.isfinite(table))[0].tolist()
-            raise ValueError(f"`{name}` holds {table[tuple(place)]} at {place}, expected finite numbers.")
-    _check_nodes(solver.alphas, solver.sigmas)
-    if (np.diff(solver.timesteps) >= 0).any() or solver.timesteps[-1] < 0:
-        raise ValueError(
-            f"`timesteps` is {solver.timesteps.tolist()}, expected strictly decreasing numbers of at least 0."
-        )
-    _check_coefficients(solver)
-
-
-def _check_nodes(alphas: np.ndarray, sigmas: np.ndarray):
-    for name, table, positive in (("alphas", alphas, alphas[1:]), ("sigmas", sigmas, sigmas[:-1])):
-        if table.min() < 0 or positive.min() <= 0:
-            raise ValueError(
-                f"`{name}` goes down to {table.min()}, expected positive scales (the first alpha and the last sigma "
-                "may be 0)."
-            )
-    rises = np.flatnonzero(alphas[1:] * sigmas[:-1] <= alphas[:-1] * sigmas[1:])
-    if rises.size:
-        raise ValueError(
-            f"The noise level sigma / alpha does not fall from node {rises[0]} to node {rises[0] + 1} of "
-            f"{len(alphas) - 1} steps. Nodes must run from noise to data."
-        )
-
-
-def _check_coefficients(solver: SearchedSolver):
-    above = np.argwhere(np.triu(solver.coefficients, 1))
-    if above.size:
-        i, j = above[0].tolist()
-        raise ValueError(
-            f"`coefficients` is {solver.coefficients[i, j]} at [{i}, {j}], above the diagonal: step {i} cannot use "
-            f"the prediction of step {j}. Expected 0."
-        )
-    row_sums = solver.coefficients.sum(1)
-    off = np.flatnonzero(abs(row_sums - 1) > ROW_SUM_TOLERANCE)
-    if solver.consistent and off.size:
-        raise ValueError(
-            f"Row {off[0]} of `coefficients` sums to {row_sums[off[0]]:.6g}, expected 1 in a consistent solver. "
-            "Correct the row, or declare `consistent=False` if its sum was searched too."
-        )
