@@ -167,7 +167,7 @@ def test_the_search_s_rollout_and_the_scheduler_make_the_same_run_bit_for_bit(ma
         return torch.cos(2 * x + float(t) / process.max_timestep)
 
     # A pipeline's calls are those of its scheduler's float32 timesteps; test_field.py runs real ones.
-    evaluate = lambda x, t: (network(x, np.float32(t)), x)  # noqa: E731
+    evaluate = lambda x, t, node: (network(x, np.float32(t)), x)  # noqa: E731
     field = SimpleNamespace(noise=x, evaluate=evaluate, prediction_type=kind)
     scheduler.set_timesteps(solver.num_steps)
     states = [x]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_pipelines import build
 
 from diffusers_searched_solver import FlowMatching, SearchedSolver, SearchedSolverScheduler, SolverFile, time_grid
+from diffusers_searched_solver.history import History
 
 
 CONFIG = FlowMatchEulerDiscreteScheduler().config
@@ -103,17 +104,17 @@ def test_one_run_may_go_from_thread_to_thread(threads):
 
 
 def test_a_step_that_has_begun_ends_in_its_own_run_though_another_thread_begins_one(threads, monkeypatch):
-    scheduler, step = make_scheduler(), SearchedSolver.step
+    scheduler, step = make_scheduler(), History.step
     scheduler.set_timesteps(4)
     t, x = scheduler.timesteps[0], NOISES[0]
     expected = copy.deepcopy(scheduler).step(network(x, t), t, x).prev_sample
 
-    def interrupted(solver, sample, history, index):
+    def interrupted(history, sample):
         monkeypatch.undo()
         threads[0](scheduler.set_timesteps, 2)
-        return step(solver, sample, history, index)
+        return step(history, sample)
 
-    monkeypatch.setattr(SearchedSolver, "step", interrupted)
+    monkeypatch.setattr(History, "step", interrupted)
     torch.testing.assert_close(scheduler.step(network(x, t), t, x).prev_sample, expected, rtol=0, atol=0)
     assert scheduler.step_index is None
     assert scheduler.model_outputs == []

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from diffusers_searched_solver import SearchedSolver
+from diffusers_searched_solver.history import History
 
 from ..launch.processes import gather
 from .field import PipelineField
@@ -55,13 +56,16 @@ def rollout(field: PipelineField, solver: SearchedSolver, prefix: Run | None = N
             They are what the network was called on, with the parts that an inpainting pipeline has put back.
     """
     states = [field.noise] if prefix is None else list(prefix.states)
-    history = [] if prefix is None else list(prefix.history)
+    predictions = [] if prefix is None else list(prefix.history)
+    history = History(solver, field.prediction_type)
+    history.extend(predictions)
     for i in range(len(states) - 1, solver.num_steps):
-        if len(history) == i:
+        if len(predictions) == i:
             output, states[i] = field.evaluate(states[i], solver.timesteps[i], node_of(solver, i))
-            history.append(solver.prediction(output, states[i], i, field.prediction_type))
-        states.append(solver.step(states[i], history[: i + 1], i))
-    return Run(states, history)
+            history.append(output, states[i])
+            predictions.append(history[-1] if history.keeps_all else history[-1].clone())
+        states.append(history.step(states[i]))
+    return Run(states, predictions)
 
 
 def node_of(solver: SearchedSolver, i: int) -> tuple[float, float]:

@@ -59,18 +59,30 @@ class History(Sequence):
             ValueError: If the samples of the run were of another shape before.
         """
         u, w = self._solver.conversion(self._begin + self._count, self._prediction_type)
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        rows = self._rows
-        if not torch.is_tensor(rows) or rows.dtype != dtype or rows.shape[1:] != sample.shape:
-            self._allocate(sample, dtype)
-        row = self._rows[self._count % self._depth]
+        row = self._next_row(sample)
         if u == 0 and w == 1:
             row.copy_(model_output)
         elif torch.is_grad_enabled():
             row.copy_(weighted_sum(sample, u, [model_output], [w]))
         else:
-            torch.mul(model_output.to(dtype), w, out=row).add_(sample, alpha=u)
+            torch.mul(sample.to(row.dtype), u, out=row).add_(model_output, alpha=w)
+
+    def extend(self, predictions: Sequence[torch.Tensor]):
+        """Write down what another run has predicted in the steps that are due, in the solver's frame."""
+        for prediction in predictions:
+            self._next_row(prediction).copy_(prediction)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no prediction of the run takes the place of another."""
+        return self._depth == len(self._weights)
+
+    def _next_row(self, sample: torch.Tensor) -> torch.Tensor:
+        dtype, rows = torch.promote_types(sample.dtype, torch.float32), self._rows
+        if not torch.is_tensor(rows) or rows.dtype != dtype or rows.shape[1:] != sample.shape:
+            self._allocate(sample, dtype)
         self._count += 1
+        return self._rows[(self._count - 1) % self._depth]
 
     def _allocate(self, sample: torch.Tensor, dtype: torch.dtype):
         rows = sample.new_empty((self._depth, *sample.shape), dtype=dtype)
