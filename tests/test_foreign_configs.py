@@ -49,6 +49,12 @@ def test_cogvideox_shifts_the_noise_process(shift, rescale):
     assert process_from_json(process_to_json(ours.process)) == ours.process
 
 
+def test_the_scheduler_is_named_whose_config_is_of_another_kind():
+    """Though the config of one that was made in Python does not say."""
+    with pytest.raises(ValueError, match="The config of EDMEulerScheduler describes neither"):
+        SearchedSolverScheduler.from_config(diffusers.EDMEulerScheduler().config)
+
+
 @pytest.mark.parametrize(
     "config",
     [

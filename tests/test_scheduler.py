@@ -175,6 +175,21 @@ def test_flow_sigmas_make_no_schedule_for_a_variance_preserving_model():
         searched(VP_CONFIG).set_timesteps(sigmas=[0.9, 0.3])
 
 
+@pytest.mark.parametrize(
+    "schedule", [{"timesteps": [1000, 500, 0]}, {"timesteps": [1000, 500, 0], "sigmas": [1, 0.5, 0]}]
+)
+def test_a_flow_that_is_at_the_data_has_no_step_left(schedule):
+    scheduler = SearchedSolverScheduler.from_config(UNSHIFTED_CONFIG)
+    scheduler.set_timesteps(**schedule)
+    assert scheduler.timesteps.tolist() == [1000, 500] and scheduler.sigmas.tolist() == [1, 0.5, 0]
+
+
+def test_a_long_schedule_that_is_none_is_shown_in_short():
+    with pytest.raises(ValueError, match="`timesteps` is") as raised:
+        SearchedSolverScheduler.from_config(VP_CONFIG).set_timesteps(timesteps=[1.0] * 900 + [-1.0])
+    assert len(str(raised.value)) < 200
+
+
 # Runs
 
 
@@ -375,6 +390,11 @@ def test_a_file_without_its_config_can_be_put_around_any_scheduler_config(tmp_pa
 def test_step_before_set_timesteps_is_refused():
     with pytest.raises(RuntimeError, match=r"before `set_timesteps`; call `set_timesteps\(num_steps\)` first"):
         searched(FLOW_CONFIG).step(torch.zeros(1), 1000.0, torch.zeros(1))
+
+
+def test_the_place_of_a_timestep_before_set_timesteps_is_refused():
+    with pytest.raises(RuntimeError, match="`index_for_timestep` was called before `set_timesteps`"):
+        searched(FLOW_CONFIG).index_for_timestep(1000.0)
 
 
 def test_a_step_after_the_last_is_refused():

@@ -103,6 +103,28 @@ def test_one_run_may_go_from_thread_to_thread(threads):
     torch.testing.assert_close(end, alone(4, NOISES[0]), rtol=0, atol=0)
 
 
+def test_a_run_may_be_begun_in_one_thread_and_stepped_with_copied_timesteps_in_another(threads):
+    for executors in [threads], [threads, threads]:
+        scheduler = make_scheduler()
+        for begin, go in executors:
+            begin(scheduler.set_timesteps, 4)
+            timesteps, x = [float(t) for t in scheduler.timesteps], NOISES[0]
+            for t in timesteps:
+                x = go(scheduler.step, network(x, t), t, x).prev_sample
+            torch.testing.assert_close(x, alone(4, NOISES[0]), rtol=0, atol=0)
+
+
+def test_a_thread_whose_run_was_displaced_is_refused_with_copied_timesteps(threads):
+    """Nobody could tell that its steps are not of the run that displaced its own."""
+    scheduler = make_scheduler()
+    threads[0](scheduler.set_timesteps, 4)
+    t, x = float(scheduler.timesteps[0]), NOISES[0]
+    threads[1](scheduler.set_timesteps, 4)
+    with pytest.raises(RuntimeError, match="Another thread has begun a run"):
+        threads[0](scheduler.step, network(x, t), t, x)
+    threads[1](scheduler.step, network(x, t), t, x)
+
+
 def test_a_step_that_has_begun_ends_in_its_own_run_though_another_thread_begins_one(threads, monkeypatch):
     scheduler, step = make_scheduler(), History.step
     scheduler.set_timesteps(4)

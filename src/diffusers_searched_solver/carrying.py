@@ -1,7 +1,9 @@
 """Solvers on the model that they are put around: the same kind of noise process, maybe with other betas."""
 
-from dataclasses import replace
+import reprlib
+from dataclasses import asdict, replace
 
+import numpy as np
 import torch
 from diffusers.utils import logging
 
@@ -44,22 +46,57 @@ def fitted_to(process: NoiseProcess, prediction_type: str, solver: SolverFile | 
     return solver
 
 
-def _carry_over(file: SolverFile, process) -> SolverFile:
-    """The file for a model with other betas or another time unit: each timestep moves to the same noise level."""
+def _carry_over(file: SolverFile, process: NoiseProcess) -> SolverFile:
+    """The file for a model with other betas or another time unit: each step count that the model can have."""
     if file.process == process:
         return file
-    logger.warning(
-        f"The solver was searched for {file.process}, the model has {process}: its timesteps are carried over to the "
-        "same noise levels. Expect less than a solver that was searched for this model."
+    carried, refused = {}, {}
+    for n, solver in file.solvers.items():
+        try:
+            carried[n] = _carried(solver, file.process, process)
+        except ValueError as error:
+            refused[n] = error
+    here, there = asdict(process), asdict(file.process)
+    between = "; ".join(
+        f"{name} {reprlib.repr(there[name])} there, {reprlib.repr(here[name])} here"
+        for name in here
+        if here[name] != there[name]
     )
-    try:
-        solvers = {
-            n: replace(solver, timesteps=process.timesteps(*file.process.alpha_sigma(solver.timesteps)))
-            for n, solver in file.solvers.items()
-        }
-    except ValueError as error:
+    without = "".join(f" {n} steps cannot be had: {error}" for n, error in refused.items())
+    if not carried:
         raise ValueError(
-            f"The solver was searched for {file.process} and cannot be carried over to {process}, which lacks some "
-            f"of its noise levels. {error} Search one for this model with `accelerate launch search/run.py`."
-        ) from error
-    return replace(file, solvers=solvers, process=process)
+            f"The solver was searched for a model with other betas, and cannot be carried over.{without} Search one "
+            f"for this model with `accelerate launch search/run.py`. ({between})"
+        )
+    brought = [str(n) for n, solver in carried.items() if not np.array_equal(solver.alphas, file.solvers[n].alphas)]
+    ends = f" Nodes of {', '.join(brought)} steps beyond the model's range are brought to its end." if brought else ""
+    logger.warning(
+        "The solver was searched for a model with other betas: its timesteps are carried over to the same noise "
+        f"levels.{ends}{without} Expect less than a solver that was searched for this model. ({between})"
+    )
+    return replace(file, solvers=carried, process=process)
+
+
+def _carried(solver: SearchedSolver, source: NoiseProcess, target: NoiseProcess) -> SearchedSolver:
+    """
+    The solver with each timestep and each node at its noise level in another process; what is beyond the range of that
+    is brought to its end.
+    """
+    timesteps = _apart(target.timesteps(*source.alpha_sigma(solver.timesteps)), target.max_timestep)
+    alphas, sigmas = solver.alphas.copy(), solver.sigmas.copy()
+    times = target.timesteps(alphas[:-1], sigmas[:-1])
+    beyond = np.flatnonzero((times == target.max_timestep) | (times == 0))
+    factors = target.scale(alphas[beyond], sigmas[beyond])
+    alphas[beyond], sigmas[beyond] = factors * target.alpha_sigma(_apart(times, target.max_timestep)[beyond])
+    return replace(solver, timesteps=timesteps, alphas=alphas, sigmas=sigmas)
+
+
+def _apart(times: np.ndarray, end: float) -> np.ndarray:
+    """Times of which several have met at an end, evenly from there to the next one."""
+    noisiest, cleanest = np.count_nonzero(times == end), np.count_nonzero(times == 0)
+    if max(noisiest, cleanest) == len(times):
+        return times
+    times = times.copy()
+    times[:noisiest] = np.linspace(end, times[noisiest], noisiest, endpoint=False)
+    times[len(times) - cleanest :] = np.linspace(times[-cleanest - 1], 0, cleanest + 1)[1:]
+    return times

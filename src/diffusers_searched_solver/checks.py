@@ -1,5 +1,7 @@
 """What the tables of a [`SearchedSolver`] promise, checked where one is made."""
 
+import reprlib
+
 import numpy as np
 
 from .process import FRAME_PREDICTIONS
@@ -27,7 +29,8 @@ def check_table(solver):
     check_nodes(solver.alphas, solver.sigmas)
     if (np.diff(solver.timesteps) >= 0).any() or solver.timesteps[-1] < 0:
         raise ValueError(
-            f"`timesteps` is {solver.timesteps.tolist()}, expected strictly decreasing numbers of at least 0."
+            f"`timesteps` is {reprlib.repr(solver.timesteps.tolist())}, expected strictly decreasing numbers of at "
+            "least 0."
         )
     check_coefficients(solver)
 

@@ -4,6 +4,9 @@ import json
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from inspect import signature
+
+import diffusers
 
 from .process import PREDICTION_TYPES, FlowMatching, NoiseProcess, VariancePreserving
 
@@ -23,7 +26,7 @@ def process_from_config(config: Mapping) -> NoiseProcess:
     signs = [key for key in ("invert_sigmas", "scaler", "sigma_data") if config.get(key)]
     if signs or config.get("timestep_type") == "continuous":
         raise ValueError(
-            f"The config of {config.get('_class_name', 'this scheduler')} describes neither DDPM's noise process nor "
+            f"The config of {_scheduler_of(config)} describes neither DDPM's noise process nor "
             f"flow matching from noise to data: it has {', '.join(signs) or 'continuous timesteps'}. A searched "
             "solver is for models of those two; keep the pipeline's own scheduler."
         )
@@ -39,6 +42,16 @@ def process_from_config(config: Mapping) -> NoiseProcess:
         rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
         snr_shift_scale=config.get("snr_shift_scale", 1.0),
     )
+
+
+def _scheduler_of(config: Mapping) -> str:
+    """Whose config it is: a scheduler that was made in Python does not say, but no other may have the same entries."""
+    if "_class_name" in config:
+        return config["_class_name"]
+    entries = {key for key in config if not key.startswith("_")}
+    classes = [cls for cls in vars(diffusers.schedulers).values() if isinstance(cls, type)]
+    names = {cls.__name__ for cls in classes if {*signature(cls.__init__).parameters} - {"self"} == entries}
+    return " or ".join(sorted(names)) or "this scheduler"
 
 
 def prediction_type_from_config(config: Mapping) -> str:

@@ -14,14 +14,20 @@ class Run:
     A run of a solver from `set_timesteps` on. A step that has begun touches its own run alone, whatever other threads
     begin meanwhile.
 
+    Args:
+        before (`Run`, *optional*): The scheduler's last one.
+
     Attributes:
-        thread (`int`): Which began it.
         step_index (`int`, *optional*): The step that comes next; None before the first.
         history (`History`, *optional*): The predictions so far; None before the first step and after the last.
     """
 
-    def __init__(self, solver: SearchedSolver, timesteps: torch.Tensor):
-        self.solver, self._timesteps, self.thread = solver, timesteps, threading.get_ident()
+    def __init__(self, solver: SearchedSolver, timesteps: torch.Tensor, before: "Run | None"):
+        self.solver, self._timesteps = solver, timesteps
+        self._threads, self._displaced = {threading.get_ident()}, set()
+        if before is not None:
+            unfinished = before._threads if before.step_index != before.solver.num_steps else set()
+            self._displaced = (before._displaced | unfinished) - self._threads
         self.step_index: int | None = None
         self.history: History | None = None
 
@@ -33,8 +39,8 @@ class Run:
         return timestep.storage_offset() if same else None
 
     def check_thread(self):
-        """Refuse what another thread than the run's own does in it."""
-        if self.thread != threading.get_ident():
+        """Refuse what a thread does whose own run this one has displaced."""
+        if threading.get_ident() in self._displaced:
             raise RuntimeError(
                 "Another thread has begun a run with this scheduler, which holds the predictions of one. Give each "
                 "thread a pipeline of its own, with a copy of the scheduler (`copy.deepcopy`)."
@@ -63,11 +69,12 @@ class Run:
             begin_index: Where the run starts, if a pipeline has said so.
 
         Raises:
-            RuntimeError: If another step is asked for than is due, none is, or another thread asks.
+            RuntimeError: If another step is asked for than is due, none is, or a thread asks whose run was displaced.
         """
         place = self.place(timestep)
         if place is None:
             self.check_thread()
+        self._threads.add(threading.get_ident())
         index, num_steps = self.step_index, self.solver.num_steps
         if index is None:
             return self.index_of(timestep) if begin_index is None else begin_index

@@ -153,7 +153,7 @@ class SearchedSolverScheduler(SavedWithSolver):
         self.timesteps = torch.tensor(solver.timesteps, dtype=torch.float32, device=device)
         self.sigmas = torch.tensor(solver.sigmas, dtype=torch.float32)
         self._begin_index = None
-        self._run = Run(solver, self.timesteps)
+        self._run = Run(solver, self.timesteps, before=self._run)
 
     def _warn_once(self, message: str):
         if message not in self._warned:
@@ -193,8 +193,17 @@ class SearchedSolverScheduler(SavedWithSolver):
 
         The elements of `self.timesteps` are recognised by their place in memory, which costs no device
         synchronisation.
+
+        Raises:
+            RuntimeError: Before `set_timesteps`.
+            ValueError: If `timestep` is not a number.
         """
-        return self._run.index_of(timestep)
+        return self._begun("index_for_timestep").index_of(timestep)
+
+    def _begun(self, method: str) -> Run:
+        if self._run is None:
+            raise RuntimeError(f"`{method}` was called before `set_timesteps`; call `set_timesteps(num_steps)` first.")
+        return self._run
 
     # A run
 
@@ -243,9 +252,7 @@ class SearchedSolverScheduler(SavedWithSolver):
             ValueError: If shapes differ.
             NotImplementedError: If noise is asked for.
         """
-        run = self._run
-        if run is None:
-            raise RuntimeError("`step` was called before `set_timesteps`; call `set_timesteps(num_steps)` first.")
+        run = self._begun("step")
         index = run.due(timestep, self._begin_index)
         model_output = self._output(model_output, sample, per_token_timesteps)
         if model_output.shape != sample.shape:

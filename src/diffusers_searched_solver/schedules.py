@@ -3,6 +3,7 @@
 import inspect
 import math
 import operator
+import reprlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -86,12 +87,16 @@ def table_on(
     """
     for name, schedule, maximum in (("timesteps", timesteps, process.max_timestep), ("sigmas", sigmas, 1.0)):
         values = np.ones(1) if schedule is None else to_numpy(schedule)
-        if not (values.size and (values >= 0).all() and (values <= maximum).all()):
+        if not (values.size and values.any() and (values >= 0).all() and (values <= maximum).all()):
             raise ValueError(
-                f"`{name}` is {values.tolist()}, expected falling numbers from at most {maximum:g} to at least 0."
+                f"`{name}` is {reprlib.repr(values.tolist())}, expected falling numbers from at most {maximum:g} to "
+                "at least 0."
             )
     if sigmas is None:
         timesteps = to_numpy(timesteps)
+        if process.kind == "flow_matching":
+            # At time 0 a flow is at the data: nothing is left to do, as after a last sigma of 0.
+            timesteps = np.trim_zeros(timesteps, "b")
         alphas, sigmas = process.alpha_sigma(timesteps)
         return second_order(timesteps, np.append(alphas, 1.0), np.append(sigmas, 0.0))
     if process.kind != "flow_matching":
@@ -102,8 +107,9 @@ def table_on(
     # Explicit sigmas are shifted by the config, times given with them are not: diffusers' own scheduler knows how.
     known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
     nodes = FlowMatchEulerDiscreteScheduler(**{key: config[key] for key in known if key in config})
-    times = None if timesteps is None else to_numpy(timesteps)
-    nodes.set_timesteps(sigmas=np.trim_zeros(to_numpy(sigmas), "b"), timesteps=times, mu=mu)
+    sigmas = np.trim_zeros(to_numpy(sigmas), "b")
+    times = None if timesteps is None else to_numpy(timesteps)[: len(sigmas)]
+    nodes.set_timesteps(sigmas=sigmas, timesteps=times, mu=mu)
     sigmas = to_numpy(nodes.sigmas)
     return second_order(to_numpy(nodes.timesteps), 1 - sigmas, sigmas)
 
