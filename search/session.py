@@ -302,7 +302,8 @@ class Session:
             each = 1 if report.search is None else report.search.calls_per_evaluation
             settings, update = self.settings, lambda evaluations: progress.update(each * evaluations)
             of_drawing = settings.output_dir, settings.batch_size, update
-            progress.write(draw(self.pipe, self.conditions, solvers, report, *of_drawing))
+            told, report = draw(self.pipe, self.conditions, solvers, report, *of_drawing)
+            progress.write(told)
         return report
 
 

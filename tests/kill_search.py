@@ -29,7 +29,7 @@ RUN = Path(__file__).parent.parent / "search" / "run.py"
 PIPELINE = RUN.parent.parent / "examples" / "digits-sit"
 OPTIONS = "--num-steps 3 --batch-size 2 --teacher-steps 8 --num-eval-samples 2".split()
 # What a report may say of one search and not of another that found the same.
-CIRCUMSTANCES = ("command", "processes", "seconds", "peak_memory_over_inference")
+CIRCUMSTANCES = ("command", "processes", "seconds", "seconds_per_image", "peak_memory_over_inference")
 PATIENCE = 120
 
 # Searches are forks of a process that has everything imported, so that they begin at once.

@@ -11,6 +11,7 @@ from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from diffusers_searched_solver.serialization import SOLVER_FILE
 from search.results.charts import LABEL_HEIGHT, Axis, Chart, Line
 from search.results.images import SampleImages
 from search.results.report import write_report
@@ -117,6 +118,8 @@ def contrast(first, second):
 def test_every_control_works_from_the_keyboard_alone(page):
     browser = page()
     browser.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
+    assert browser.switch_to.active_element.get_attribute("href").endswith(SOLVER_FILE)
+    browser.switch_to.active_element.send_keys(Keys.TAB)
     assert browser.switch_to.active_element.get_attribute("id") == "steps"
     for key, steps in ((Keys.ARROW_RIGHT, "4"), (Keys.ARROW_LEFT, "2"), (Keys.END, "4"), (Keys.HOME, "2")):
         browser.switch_to.active_element.send_keys(key)
@@ -126,9 +129,9 @@ def test_every_control_works_from_the_keyboard_alone(page):
 
     browser.switch_to.active_element.send_keys(Keys.TAB)
     assert browser.switch_to.active_element.get_attribute("id") == "show-errors"
-    assert shown_images(browser, ".sample") and not shown_images(browser, ".error")
-    browser.switch_to.active_element.send_keys(Keys.SPACE)
     assert shown_images(browser, ".error") and not shown_images(browser, ".sample")
+    browser.switch_to.active_element.send_keys(Keys.SPACE)
+    assert shown_images(browser, ".sample") and not shown_images(browser, ".error")
 
     browser.switch_to.active_element.send_keys(Keys.TAB)
     select = browser.switch_to.active_element
@@ -151,7 +154,7 @@ def test_assistive_technology_finds_a_name_for_every_control_image_and_chart(pag
     ]
     assert all(name for role, name in named if role != "table")
     assert {"slider", "checkbox", "combobox", "image", "table"} == {role for role, _ in named}
-    assert ("image", "class 0: searched, 2 steps") in named
+    assert ("image", "class 0: difference between searched in 2 steps and the teacher") in named
     assert browser.find_element(By.TAG_NAME, "html").get_attribute("lang") == "en"
 
 
@@ -216,10 +219,10 @@ def test_what_others_wrote_is_text_and_nothing_else(page, folder, tmp_path, atta
     (evil / "report.json").write_text(json.dumps(report))
     black = [Image.new("RGB", (300, 200))]
     images = SampleImages([attack], 16, black, {2: {attack: black, "searched": black}})
-    write_report(evil, images)
+    write_report(evil, "out", images)
     browser = page(360, of=evil)
     assert browser.find_element(By.TAG_NAME, "h1").text == attack
-    assert browser.find_element(By.TAG_NAME, "code").get_attribute("textContent") == f"run.py --prompts {attack}"
+    assert browser.find_elements(By.TAG_NAME, "code")[1].get_attribute("textContent") == f"run.py --prompts {attack}"
     assert browser.find_element(By.CSS_SELECTOR, ".tiles img").get_attribute("alt").startswith(attack)
     assert len(browser.find_elements(By.TAG_NAME, "script")) == 1
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
@@ -241,14 +244,15 @@ def test_the_file_refers_to_nothing_outside_itself(folder):
     html = (folder / "report.html").read_text()
     references = [v for _, name, v in Attributes(html).found if name in ("src", "href", "srcset", "data", "action")]
     assert len(references) > 8
-    assert all(value.startswith("data:image/webp;base64,") for value in references)
+    # But for the solver, beside it.
+    assert all(value.startswith("data:image/webp;base64,") for value in references if value != SOLVER_FILE)
     assert not re.search(r"url\(|@import", html)
 
 
 def test_a_pipeline_that_makes_no_images_still_has_a_report(page, folder, tmp_path):
     for name in ("report.json", "solver"):
         (shutil.copytree if name == "solver" else shutil.copy)(folder / name, tmp_path / name)
-    write_report(tmp_path)
+    write_report(tmp_path, "out")
     browser = page(of=tmp_path)
     assert not browser.find_elements(By.TAG_NAME, "img")
     assert browser.find_elements(By.CSS_SELECTOR, ".chart")
@@ -260,7 +264,7 @@ def test_a_rival_that_diverges_is_in_the_table_but_not_in_the_chart(page, folder
     row = report["evaluation"]["results"]["4"][-1]
     row.update(endpoint_error=None, error_interval=[0.1, None])
     (tmp_path / "out" / "report.json").write_text(json.dumps(report))
-    write_report(tmp_path / "out")
+    write_report(tmp_path / "out", "out")
     browser = page(of=tmp_path / "out")
     chart = browser.find_element(By.CSS_SELECTOR, "#errors .chart").get_attribute("aria-label")
     assert "searched: " in chart and f"{row['solver']}: " not in chart

@@ -9,7 +9,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from diffusers_searched_solver import pipelines
 from diffusers_searched_solver.hub import TAG
 from diffusers_searched_solver.serialization import write_whole
 
@@ -110,7 +109,7 @@ def _text(report: Report, name: str, has_images: bool) -> str:
         verdicts=report.verdicts,
         title=_title(name),
         step_counts=_listed(results),
-        usage=_usage(report, name, min(results), has_images),
+        usage=report.usage(name, report.recommended or min(results), has_images),
         name=name,
         has_images=has_images,
     )
@@ -118,20 +117,6 @@ def _text(report: Report, name: str, has_images: bool) -> str:
 
 def _title(name: str) -> str:
     return Path(name).resolve().name
-
-
-def _usage(report: Report, name: str, num_steps: int, has_images: bool) -> str:
-    """Python code that draws a sample as the search did."""
-    cls = report.pipeline_class
-    package = "diffusers_searched_solver.pipelines" if hasattr(pipelines, cls) else "diffusers"
-    arguments = "".join(f"{key}={value!r}, " for key, value in report.example.items())
-    return f"""\
-from {package} import {cls}
-from diffusers_searched_solver import SearchedSolverScheduler
-
-pipe = {cls}.from_pretrained({report.base_model or report.pipeline!r})
-pipe.scheduler = SearchedSolverScheduler.from_pretrained({name!r})
-{"image" if has_images else "output"} = pipe({arguments}num_inference_steps={num_steps}){".images[0]" * has_images}"""
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -117,6 +117,14 @@ class Chart:
         """Strokes of no length: with round caps they are dots, whatever the chart is stretched to."""
         return "".join(f"M{self._place(*point)}h0" for point in line.points) if line.dotted else ""
 
+    def points(self, line: Line) -> list[tuple[float, float, str]]:
+        """Places of the dots, in per cent from the left and the top, and what they say under a pointer."""
+        if not line.dotted:
+            return []
+        said = [f"{line.name}: {y:.3g} at {x:.4g}" if line.joined else f"{line.name}: {x:.4g}" for x, y in line.points]
+        places = [(self.x.at(x), round(100 - self.y.at(y), 2)) for x, y in line.points]
+        return [(*place, text) for place, text in zip(places, said, strict=True)]
+
     def whiskers(self, line: Line) -> str:
         """Uprights from low to high."""
         return "".join(f"M{self._place(x, low)}L{self._place(x, high)}" for x, low, high in line.whiskers)

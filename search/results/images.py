@@ -1,12 +1,13 @@
 """Images of the same noise under the teacher, diffusers' schedulers and the searched solver."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from diffusers_searched_solver import SearchedSolverScheduler
 from diffusers_searched_solver.check import teacher_solver
@@ -18,7 +19,7 @@ from ..teacher.batches import Samples, in_parts, merged, pipeline_calls
 
 
 MIN_TILE = 64
-LABEL_WIDTH = 330
+LABEL_SIZE, LABEL_MARGIN = 15, 16
 ERROR_GAIN = 8
 # Samplers of each step count that are looked at.
 SHOWN = 3
@@ -35,12 +36,14 @@ class SampleImages:
         teacher_steps (`int`): Steps of the teacher.
         teacher: Its images.
         samples: By number of steps and sampler, the images: the best of diffusers' schedulers first, "searched" last.
+        seconds: By number of steps, what one image of the searched solver took.
     """
 
     captions: Sequence[str]
     teacher_steps: int
     teacher: Sequence[Image.Image]
     samples: Mapping[int, Mapping[str, Sequence[Image.Image]]]
+    seconds: Mapping[int, float] = field(default_factory=dict)
 
 
 def draw_samples(
@@ -82,8 +85,13 @@ def draw_samples(
         return [found[seed] for seed in seeds if seed in found]
 
     goal = draw(teacher, steps)
-    samples = {n: {name: draw(each, n) for name, each in contenders.items()} for n, contenders in shown.items()}
-    return SampleImages([_caption(kwargs) for kwargs in conditions[: len(goal)]], steps, goal, samples)
+    samples, seconds = {}, {}
+    for n, contenders in shown.items():
+        samples[n] = {name: draw(each, n) for name, each in contenders.items() if name != SEARCHED}
+        started = time.perf_counter()
+        samples[n][SEARCHED] = draw(scheduler, n)
+        seconds[n] = (time.perf_counter() - started) / len(samples[n][SEARCHED])
+    return SampleImages([_caption(kwargs) for kwargs in conditions[: len(goal)]], steps, goal, samples, seconds)
 
 
 def drawing_evaluations(num_images: int, step_counts: Sequence[int], teacher_steps: int) -> int:
@@ -159,13 +167,15 @@ def _labelled_rows(rows: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
     scale = int(np.ceil(MIN_TILE / min(width, height)))
     tile, gap = (width * scale, height * scale), 4
     columns = len(next(iter(rows.values())))
-    size = (LABEL_WIDTH + columns * (tile[0] + gap) + gap, len(rows) * (tile[1] + gap) + gap)
+    font = ImageFont.load_default(LABEL_SIZE)
+    labels = round(max(font.getlength(label) for label in rows)) + LABEL_MARGIN
+    size = (labels + columns * (tile[0] + gap) + gap, len(rows) * (tile[1] + gap) + gap)
     grid = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(grid)
     for row, (label, images) in enumerate(rows.items()):
         top = gap + row * (tile[1] + gap)
-        draw.text((8, top + tile[1] // 2), label, fill=INK, anchor="lm", font_size=15)
+        draw.text((8, top + tile[1] // 2), label, fill=INK, anchor="lm", font=font)
         for column, image in enumerate(images):
-            left = LABEL_WIDTH + gap + column * (tile[0] + gap)
+            left = labels + gap + column * (tile[0] + gap)
             grid.paste(image.convert("RGB").resize(tile, Image.Resampling.NEAREST), (left, top))
     return grid

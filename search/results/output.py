@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -50,7 +51,7 @@ def draw(
     output_dir: Path,
     batch_size: int,
     update: Callable[[int], object],
-) -> str:
+) -> tuple[str, Report]:
     """
     Draw the first of the held-out noises and add them to what is written.
 
@@ -59,7 +60,7 @@ def draw(
         update: Is told how many evaluations of one sample were made.
 
     Returns:
-        `str`: What was drawn.
+        What was drawn, in a sentence, and the report, with how long an image takes.
     """
     scheduler = _scheduler(pipe, solvers, {})
     conditions = conditions[:GRID_SAMPLES]
@@ -69,19 +70,21 @@ def draw(
     except TypeError as error:
         images = None
         told = f"No images: {error}"
+    if images is not None:
+        report = replace(report, seconds_per_image=images.seconds)
     with _published(output_dir) as aside:
         if images is not None:
             image_grid(images).save(aside / IMAGES)
             told = f"Drew '{output_dir / IMAGES}'."
         shutil.copytree(output_dir / "solver", aside / "solver")
         _write_report(aside, report, output_dir, images)
-    return told
+    return told, report
 
 
 def _write_report(aside: Path, report: Report, output_dir: Path, images: SampleImages | None):
     (aside / NAME).write_text(report.to_json())
     if report.evaluation is not None:
-        write_report(aside, images)
+        write_report(aside, str(output_dir), images)
         if report.search is not None:
             write_card(aside, str(output_dir))
 

@@ -1,12 +1,14 @@
 """Report: everything that a search and its measurement have found, as `report.json` has it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from diffusers_searched_solver import pipelines
 
 from ..known.contest import Number
 from ..measure.evaluate import Summary
@@ -95,6 +97,7 @@ class Report:
         search (*optional*): What the search did; None if the solvers come from elsewhere.
         evaluation (*optional*): What they are worth; None if they were not measured.
         pictures (`bool`): Whether pictures were drawn, if the pipeline makes any.
+        seconds_per_image: By number of steps, what an image took with the searched solver as they were drawn.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -113,6 +116,7 @@ class Report:
     search: SearchRecord | None = None
     evaluation: Evaluation | None = None
     pictures: bool = False
+    seconds_per_image: dict[int, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Text with finite numbers only; null stands for infinity."""
@@ -153,6 +157,34 @@ class Report:
             n: verdict_of(n, summary, self.evaluation.equivalents.get(n), improved.get(n, True))
             for n, summary in self.summaries.items()
         }
+
+    @property
+    def recommended(self) -> int | None:
+        """The step count that gains most over the best of diffusers, of those that are worth using."""
+        used = [n for n, verdict in self.verdicts.items() if verdict.use]
+        equivalents = self.evaluation.equivalents
+        gains = {n: equivalents[n].num_steps / n if n in equivalents else 1.0 for n in used}
+        return max(used, key=gains.get, default=None)
+
+    def usage(self, name: str, num_steps: int, has_images: bool) -> str:
+        """
+        Python code that draws a sample as the search did.
+
+        Args:
+            name (`str`): What `SearchedSolverScheduler.from_pretrained` finds the solver by.
+            has_images (`bool`): Whether the pipeline makes images.
+        """
+        cls = self.pipeline_class
+        package = "diffusers_searched_solver.pipelines" if hasattr(pipelines, cls) else "diffusers"
+        arguments = "".join(f"{key}={value!r}, " for key, value in self.example.items())
+        return (
+            f"from {package} import {cls}\n"
+            "from diffusers_searched_solver import SearchedSolverScheduler\n\n"
+            f"pipe = {cls}.from_pretrained({self.base_model or self.pipeline!r})\n"
+            f"pipe.scheduler = SearchedSolverScheduler.from_pretrained({name!r})\n"
+            f"{'image' if has_images else 'output'} = pipe({arguments}num_inference_steps={num_steps})"
+            f"{'.images[0]' * has_images}"
+        )
 
     @property
     def provenance(self) -> dict[str, str]:

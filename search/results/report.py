@@ -31,12 +31,13 @@ MAX_TILE = 256
 MAX_RANGE = 1e5
 
 
-def write_report(folder: Path, images: SampleImages | None = None) -> None:
+def write_report(folder: Path, name: str, images: SampleImages | None = None) -> None:
     """
     Write `report.html` beside the `report.json` and the solver file that it is made from.
 
     Args:
         folder: Where they are.
+        name (`str`): What `SearchedSolverScheduler.from_pretrained` will find the solver by.
         images (*optional*): Without them the report has no pictures.
     """
     report = Report.read(folder)
@@ -55,6 +56,8 @@ def write_report(folder: Path, images: SampleImages | None = None) -> None:
         report=report,
         results=results,
         verdicts=report.verdicts,
+        recommended=report.recommended,
+        usage=report.usage(name, report.recommended or min(results), images is not None),
         summary={n: report.summaries[n] for n in results},
         images=None if images is None else _tiles(images),
         error_chart=_error_chart(results),
@@ -89,7 +92,7 @@ def _error_chart(results: Mapping[int, Sequence[Row]]) -> Chart:
         Axis(counts[0] if len(counts) > 1 else counts[0] - 1, counts[-1]),
         Axis(max(lowest / 1.1, highest / MAX_RANGE), highest * 1.1, log=True),
         "steps",
-        "end-point error",
+        "end-point error, on a logarithmic scale",
         lines,
         x_values=counts,
         height=24,
