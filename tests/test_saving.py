@@ -110,7 +110,7 @@ def test_a_folder_without_a_solver_file_warns_and_is_classical(tmp_path, caplog)
     loaded = SearchedSolverScheduler.from_pretrained(tmp_path)
     assert loaded.solver_file is None and loaded.config.prediction_type == "v_prediction"
     assert f"'{tmp_path}' has no 'solver/searched_solver.safetensors'" in caplog.text
-    assert "classical second-order" in caplog.text and "search/run.py" in caplog.text
+    assert "classical multistep" in caplog.text and "search/run.py" in caplog.text
 
 
 def test_saving_a_classical_scheduler_over_a_searched_one_leaves_no_solver(tmp_path, scheduler):

@@ -113,18 +113,31 @@ def test_explicit_sigmas_mean_the_nodes_that_they_mean_to_diffusers_own_schedule
     torch.testing.assert_close(scheduler.sigmas, diffusers_scheduler.sigmas, rtol=1e-6, atol=0)
 
 
-def test_an_absent_step_count_is_an_error_that_lists_those_present():
+@pytest.mark.parametrize(("num_steps", "strict"), [(7, True), (2, False), (51, False)])
+def test_a_step_count_that_is_not_served_is_an_error_that_lists_those_present(num_steps, strict):
     scheduler = searched(FLOW_CONFIG, steps=(4, 6, 9))
-    message = r"No solver for 7 steps: this scheduler has 4, 6 and 9\. .*search/run.py --num-steps 7`"
+    scheduler.register_to_config(strict=strict)
+    reason = "It is `strict`" if strict else "From them, 3 to 50 steps can be derived"
+    message = (
+        rf"No solver for {num_steps} steps: this scheduler has 4, 6 and 9\. {reason}.*run.py --num-steps {num_steps}`"
+    )
     with pytest.raises(ValueError, match=message):
-        scheduler.set_timesteps(7)
+        scheduler.set_timesteps(num_steps)
 
 
-def test_without_a_solver_any_step_count_runs_a_second_order_table_on_the_shifted_grid():
+def test_without_a_solver_any_step_count_of_a_flow_runs_a_second_order_table_on_the_shifted_grid():
     scheduler = SearchedSolverScheduler.from_config(FLOW_CONFIG)
     scheduler.set_timesteps(6)
     np.testing.assert_allclose(scheduler.timesteps, time_grid(FLOW, 6, 3.0)[0], rtol=1e-6)
     assert scheduler.sigmas[-1] == 0 and len(scheduler.sigmas) == 7
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 10, 50, 999])
+def test_without_a_solver_any_step_count_runs_on_a_variance_preserving_model(num_steps):
+    scheduler = SearchedSolverScheduler.from_config(VP_CONFIG)
+    scheduler.set_timesteps(num_steps)
+    assert len(scheduler.timesteps) == num_steps and scheduler.sigmas[-1] == 0
+    assert run(scheduler, torch.randn(1, 1, 4, 4)).isfinite().all()
 
 
 def test_dynamic_shifting_takes_mu():

@@ -35,15 +35,25 @@ def fitted_to(process: NoiseProcess, prediction_type: str, solver: SolverFile | 
             "a solver that was searched for such a model, or search one with `accelerate launch search/run.py`."
         )
     solver = _carry_over(solver, process)
-    for num_steps, table in solver.solvers.items():
-        reach, limit = table.reach(prediction_type), torch.finfo(torch.float16).max
-        if not reach <= limit:
-            raise ValueError(
-                f"The solver of {num_steps} steps makes numbers of up to {reach:.3g} out of outputs of size one, "
-                f"where half precision ends at {limit:g} (`prediction_type` {prediction_type!r}). "
-                "Pass a solver that was searched for such a model, with smaller coefficients."
-            )
+    for table in solver.solvers.values():
+        check_reach(table, prediction_type)
     return solver
+
+
+def check_reach(solver: SearchedSolver, prediction_type: str):
+    """
+    Refuse, with a `ValueError`, a solver that makes numbers of which half precision has none.
+
+    Args:
+        prediction_type: The model's.
+    """
+    reach, limit = solver.reach(prediction_type), torch.finfo(torch.float16).max
+    if not reach <= limit:
+        raise ValueError(
+            f"The solver of {solver.num_steps} steps makes numbers of up to {reach:.3g} out of outputs of size one, "
+            f"where half precision ends at {limit:g} (`prediction_type` {prediction_type!r}). "
+            "Pass a solver that was searched for such a model, with smaller coefficients."
+        )
 
 
 def _carry_over(file: SolverFile, process: NoiseProcess) -> SolverFile:

@@ -71,7 +71,7 @@ class SavedWithSolver(SchedulerMixin, ConfigMixin):
         solver = _solver_beside(source, subfolder, commit_hash, kwargs)
         if solver is None:
             logger.warning(
-                f"'{name}' has no '{SOLVER_FILE}', so this scheduler is a classical second-order multistep scheduler. "
+                f"'{name}' has no '{SOLVER_FILE}', so this scheduler is a classical multistep scheduler. "
                 "Search a solver with `accelerate launch search/run.py`."
             )
         loaded = cls.from_config(config, return_unused_kwargs=return_unused_kwargs, solver=solver, **others)

@@ -14,7 +14,7 @@ from .configs import BETAS, process_from_config
 from .history import History
 from .runs import Run
 from .saving import SavedWithSolver
-from .schedules import default_table, searched_table, steps_asked_for, table_on, to_numpy
+from .schedules import default_table, said_of_derived, searched_table, steps_asked_for, table_on, to_numpy
 from .serialization import SolverFile
 
 
@@ -42,7 +42,8 @@ class SearchedSolverScheduler(SavedWithSolver):
     This model inherits from [`SchedulerMixin`] and [`ConfigMixin`]. Load one with
     `SearchedSolverScheduler.from_pretrained(...)` or put tables around a pipeline's own config with
     `SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=...)`. Constructed without a solver it is a
-    classical second-order multistep scheduler (variable-step Adams-Bashforth on velocities) for any step count.
+    classical multistep scheduler for any step count: Adams-Bashforth of order 2 on a flow's shifted grid, order 3 on
+    the predicted noise (as DEIS) of a variance-preserving model.
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: The noise
@@ -55,6 +56,8 @@ class SearchedSolverScheduler(SavedWithSolver):
         use_dynamic_shifting (`bool`): Whether that grid is shifted by exp(`mu`) of `set_timesteps` instead.
         base_shift, max_shift, base_image_seq_len, max_image_seq_len: Read by pipelines that compute `mu`.
         variance_type (`str`, *optional*): Read by some pipelines; this scheduler adds no noise.
+        strict (`bool`): Whether step counts that the solver file lacks are refused instead of derived from those it
+            has.
 
     Source: Wang et al., "Differentiable Solver Search for Fast Diffusion Sampling", arXiv 2505.21114.
     """
@@ -87,6 +90,7 @@ class SearchedSolverScheduler(SavedWithSolver):
         base_image_seq_len: int | None = 256,
         max_image_seq_len: int | None = 4096,
         variance_type: str | None = None,
+        strict: bool = False,
     ):
         self.process = process_from_config(self.config)
         self.solver_file: SolverFile | None = None
@@ -124,7 +128,8 @@ class SearchedSolverScheduler(SavedWithSolver):
         Choose the table for a run and forget the run before.
 
         Args:
-            num_inference_steps (`int`, *optional*): N; a step count that the solver file holds.
+            num_inference_steps (`int`, *optional*): N; a step count that the solver file holds, or from its smallest
+                minus one to 50, for which a table is derived from those in the file, with a warning.
             device (*optional*): Where `timesteps` goes.
             timesteps, sigmas (*optional*): An explicit schedule. `sigmas` equal to 1 - i/N, which many flow pipelines
                 pass by default, means N steps of the searched solver; any other schedule is honoured with a classical
@@ -148,7 +153,9 @@ class SearchedSolverScheduler(SavedWithSolver):
         elif self.solver_file is None:
             solver = default_table(self.process, self.config, num_steps, mu)
         else:
-            solver = searched_table(self.solver_file, num_steps)
+            solver = searched_table(self.solver_file, num_steps, self.config.strict)
+            if num_steps not in self.solver_file.solvers:
+                self._warn_once(said_of_derived(self.solver_file, num_steps))
         self.num_inference_steps = solver.num_steps
         self.timesteps = torch.tensor(solver.timesteps, dtype=torch.float32, device=device)
         self.sigmas = torch.tensor(solver.sigmas, dtype=torch.float32)

@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from .carrying import check_reach
+from .derived import derived_from, derived_table
+from .exponential import few_step_table
 from .grids import time_grid
 from .process import NoiseProcess
 from .serialization import SolverFile
@@ -40,31 +43,58 @@ def steps_asked_for(
     return num_steps
 
 
-def searched_table(file: SolverFile, num_steps: int) -> SearchedSolver:
+def searched_table(file: SolverFile, num_steps: int, strict: bool) -> SearchedSolver:
     """
-    The table of a solver file for so many steps.
+    The table of a solver file for so many steps, derived if it has none.
+
+    Args:
+        strict (`bool`): Whether what is not in the file is refused.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If there is no such table.
     """
-    if num_steps not in file.solvers:
-        counts = file.step_counts
-        listed = " and ".join(filter(None, [", ".join(map(str, counts[:-1])), str(counts[-1])]))
+    if num_steps in file.solvers:
+        return file.solvers[num_steps]
+    try:
+        if strict:
+            raise ValueError("It is `strict`, so no other is derived.")
+        table = derived_table(file, num_steps)
+        check_reach(table, file.prediction_type)
+    except ValueError as error:
         raise ValueError(
-            f"No solver for {num_steps} steps: this scheduler has {listed}. Pass one of these as "
-            f"`num_inference_steps`, or search one with `accelerate launch search/run.py --num-steps {num_steps}`."
-        )
-    return file.solvers[num_steps]
+            f"No solver for {num_steps} steps: this scheduler has {listed(file.step_counts)}. {error} Pass one of "
+            "them as `num_inference_steps`, or search one with `accelerate launch search/run.py --num-steps "
+            f"{num_steps}`."
+        ) from error
+    return table
+
+
+def said_of_derived(file: SolverFile, num_steps: int) -> str:
+    """One line on where the table of a step count comes from that a file lacks."""
+    sources = derived_from(file, num_steps)
+    source = f"that of {listed(sources)} steps" if sources else "no searched one, but the classical default"
+    return (
+        f"No solver of {num_steps} steps was searched: this run's is derived from {source}. Expect less than from a "
+        f"searched one ({listed(file.step_counts)} steps)."
+    )
+
+
+def listed(counts: Sequence[int]) -> str:
+    """Step counts as words."""
+    return " and ".join(filter(None, [", ".join(map(str, counts[:-1])), str(counts[-1])]))
 
 
 def default_table(process: NoiseProcess, config: Mapping, num_steps: int, mu: float | None) -> SearchedSolver:
     """
-    The table for so many steps where none was searched.
+    The table for so many steps where none was searched: on a flow, Adams-Bashforth of order 2 on the grid that the
+    config shifts; on a variance-preserving process, [`few_step_table`].
 
     Args:
         config: That of our scheduler.
         mu: The logarithm of the grid's shift if the config says that shifting is dynamic.
     """
+    if process.kind == "variance_preserving":
+        return few_step_table(process, num_steps)
     shift = math.exp(mu) if mu is not None and config.use_dynamic_shifting else config.shift
     return second_order(*time_grid(process, num_steps, shift))
 

@@ -1,0 +1,128 @@
+"""Step counts that a solver file lacks: their tables are derived from those that it has."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from .exponential import ORDER, exponential_adams_bashforth, few_step_table
+from .process import NoiseProcess
+from .serialization import SolverFile
+from .solver import SearchedSolver
+
+
+# Beyond, one may as well run what every pipeline comes with; nothing was measured there.
+MOST_STEPS = 50
+
+
+def derived_table(file: SolverFile, num_steps: int) -> SearchedSolver:
+    """
+    The table of a step count that a file lacks.
+
+    Between two searched counts a < N < b everything that was searched is interpolated: first along the steps of either
+    solver, then between the two; of coefficients the corrections d on top of the classical ones.
+
+        c(N) = classical(times(N)) + (1 - w) * d_a + w * d_b,   w = (N - a) / (b - a),   d_n = c_n - classical(times_n)
+
+    where `classical` is Adams-Bashforth of order 3 on a flow and [`exponential_adams_bashforth`] on a
+    variance-preserving process. Outside of the searched counts corrections would be extrapolated, so there are none:
+    on a flow the times of the nearest count are interpolated in the share of steps; on a variance-preserving process
+    [`few_step_table`] runs, which is nearer there than any stretched table.
+
+    Args:
+        num_steps (`int`): N, from the least of `file.step_counts` minus one to `MOST_STEPS`.
+
+    Raises:
+        ValueError: If there is no such table that could be trusted.
+    """
+    if not file.step_counts[0] - 1 <= num_steps <= MOST_STEPS:
+        raise ValueError(f"From them, {derivable(file)} steps can be derived.")
+    process, found = file.process, [_velocities(file.solvers[n]) for n in derived_from(file, num_steps)]
+    if not found:
+        return few_step_table(process, num_steps)
+    if len(found) == 1:
+        return _stretched(process, found[0], num_steps)
+    lower, upper = found
+    share = (num_steps - lower.num_steps) / (upper.num_steps - lower.num_steps)
+
+    def mixed(of: Callable[[SearchedSolver], np.ndarray]) -> np.ndarray:
+        return (1 - share) * of(lower) + share * of(upper)
+
+    times = mixed(lambda solver: _along(_times(process, solver), num_steps))
+    offsets = mixed(lambda solver: _by_step(_offsets(process, solver), num_steps))
+    classical = _classical(process, times, offsets)
+    corrections = mixed(lambda solver: _corrections(process, solver, num_steps))
+    return replace(classical, coefficients=classical.coefficients + corrections, consistent=False)
+
+
+def derivable(file: SolverFile) -> str:
+    """The step counts for which a file has a table, or one can be derived, as words."""
+    return f"{max(1, file.step_counts[0] - 1)} to {MOST_STEPS}"
+
+
+def derived_from(file: SolverFile, num_steps: int) -> Sequence[int]:
+    """The step counts whose tables make that of another: two, one or none."""
+    below = [count for count in file.step_counts if count < num_steps][-1:]
+    above = [count for count in file.step_counts if count > num_steps][:1]
+    if below and above or file.process.kind == "flow_matching":
+        return below + above
+    return []
+
+
+def _velocities(solver: SearchedSolver) -> SearchedSolver:
+    return replace(solver.in_frame("velocity"), consistent=False)
+
+
+def _stretched(process: NoiseProcess, solver: SearchedSolver, num_steps: int) -> SearchedSolver:
+    """A flow's solver on the times of another step count."""
+    offsets = _by_step(_offsets(process, solver), num_steps)
+    # A network that is called before its node's time makes up for long steps, of which there are none with more steps.
+    return _classical(process, _along(_times(process, solver), num_steps), offsets * (num_steps < solver.num_steps))
+
+
+def _classical(process: NoiseProcess, times: np.ndarray, offsets: np.ndarray) -> SearchedSolver:
+    """
+    The classical table.
+
+    Args:
+        times, offsets (`np.ndarray`, shape (N,)): Of the nodes but the last, and by how much the network is called
+            later.
+    """
+    # Rounding alone would go beyond pure noise.
+    alphas, sigmas = process.alpha_sigma(np.minimum(times, process.max_timestep))
+    nodes = np.append(alphas, 1.0), np.append(sigmas, 0.0)
+    if process.kind == "flow_matching":
+        return SearchedSolver.adams_bashforth(times + offsets, *nodes, "velocity", ORDER)
+    return exponential_adams_bashforth(times + offsets, *nodes, ORDER)
+
+
+def _times(process: NoiseProcess, solver: SearchedSolver) -> np.ndarray:
+    """Of all nodes but the last."""
+    return process.timesteps(solver.alphas[:-1], solver.sigmas[:-1])
+
+
+def _offsets(process: NoiseProcess, solver: SearchedSolver) -> np.ndarray:
+    """By how much the network is called later than at the nodes."""
+    return solver.timesteps - _times(process, solver)
+
+
+def _along(times: np.ndarray, num_steps: int) -> np.ndarray:
+    """Times of a solver's nodes at those of another step count, by the share of steps that are done; the end is 0."""
+    shares = np.arange(len(times) + 1) / len(times)
+    return np.interp(np.arange(num_steps) / num_steps, shares, np.append(times, 0.0))
+
+
+def _by_step(values: np.ndarray, num_steps: int) -> np.ndarray:
+    """Values of some steps at those of another step count, the first at the first and the last at the last."""
+    return np.interp(np.linspace(0, 1, num_steps), np.linspace(0, 1, len(values)), values)
+
+
+def _corrections(process: NoiseProcess, solver: SearchedSolver, num_steps: int) -> np.ndarray:
+    """What a solver adds to the classical coefficients, for each step and each number of steps back."""
+    classical = _classical(process, _times(process, solver), _offsets(process, solver))
+    found = solver.coefficients - classical.coefficients
+    corrections = np.zeros((num_steps, num_steps))
+    for back in range(min(solver.num_steps, num_steps)):
+        corrections += np.diag(_by_step(np.diag(found, -back), num_steps - back), -back)
+    # What rows sum to decides more than how: it is interpolated by itself.
+    return corrections + np.diag(_by_step(found.sum(1), num_steps) - corrections.sum(1))

@@ -1,0 +1,65 @@
+"""
+Step counts that were not searched: errors of derived tables and of what runs without a solver, beside diffusers'.
+
+    python tests/benchmarks/every_step_count.py digits-dit digits-sit
+
+The solver files are those of 5, 8 and 10 steps in `examples/results`; 32 noises that no search has, guidance 2, root
+mean square distance to the end of a teacher of 128 steps. "At defaults" are DDIM or Euler, DPM-Solver++(2M), UniPC 2
+and DEIS 2 with plain spacing, "at best" all settings of `search.known.baselines`; each column is the best of them on
+these very noises. Five minutes a pipeline on one core. Nothing is written but what is printed.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.utils import logging
+
+from diffusers_searched_solver import SearchedSolverScheduler, load_solver_file
+from diffusers_searched_solver.schedules import searched_table
+from search.known.baselines import known_tables
+from search.known.race import table_errors
+from search.launch.network_calls import NetworkCalls
+from search.pipeline.loading import load_pipeline
+from search.teacher.batches import make_batches
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STEP_COUNTS = 4, 6, 7, 9, 12, 16, 20, 30
+NOISES, TEACHER_STEPS, FIRST_SEED = 32, 128, 3_005_000
+PLAIN = {"shift 1", "linspace", "leading", "trailing"}
+
+
+def print_rows(name: str):
+    pipe = load_pipeline(str(EXAMPLES / name), torch.float32, torch.device("cpu"))
+    calls, seeds = NetworkCalls(pipe), list(range(FIRST_SEED, FIRST_SEED + NOISES))
+    conditions = [{"class_labels": [k], "guidance_scale": 2.0} for k in range(10)]
+    batches = make_batches(pipe, conditions, seeds, NOISES, TEACHER_STEPS, calls)
+    file = load_solver_file(EXAMPLES / "results" / name / "solver" / "searched_solver.safetensors")
+    classical = SearchedSolverScheduler.from_config(pipe.scheduler.config)
+    for num_steps in STEP_COUNTS:
+        classical.set_timesteps(num_steps)
+        known = [table for table in known_tables(pipe.scheduler.config, num_steps) if table.from_diffusers]
+        ours = [searched_table(file, num_steps, strict=False), classical._run.solver]
+        errors = table_errors(batches, [*ours, *(table.solver for table in known)])
+        errors = np.nan_to_num(errors.square().mean(1).sqrt().numpy(), nan=np.inf)
+        plain = [table.setting in PLAIN and "3" not in table.family for table in known]
+        figures = errors[0], errors[1], errors[2:][plain].min(), errors[2:].min()
+        best = known[int(errors[2:].argmin())]
+        print(" | ".join([f"{name}, {num_steps}", *(f"{figure:.4f}" for figure in figures), str(best)]), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+")
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    header = ["pipeline, steps", "derived", "without a solver", "diffusers at defaults", "at best", "which"]
+    print(" | ".join(header))
+    for name in parser.parse_args().names:
+        print_rows(name)
+
+
+if __name__ == "__main__":
+    main()

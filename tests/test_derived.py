@@ -1,0 +1,194 @@
+"""Step counts that a solver file lacks, and what runs without one: exact where it can be, never worse than others."""
+
+import contextlib
+import logging
+
+import numpy as np
+import pytest
+import torch
+from fields import load
+
+from diffusers_searched_solver import (
+    FlowMatching,
+    SearchedSolver,
+    SearchedSolverScheduler,
+    SolverFile,
+    VariancePreserving,
+    list_bundled_solvers,
+    load_solver_file,
+    solver_from_scheduler,
+    time_grid,
+)
+from diffusers_searched_solver.derived import derived_table
+from diffusers_searched_solver.exponential import exponential_adams_bashforth, few_step_table
+from diffusers_searched_solver.grids import geometric_grid
+from search.known.baselines import diffusers_schedulers
+from search.known.race import table_errors
+from search.launch.network_calls import NetworkCalls
+from search.teacher.batches import make_batches
+
+
+FLOW, VP = FlowMatching(), VariancePreserving()
+PROCESSES = pytest.mark.parametrize("process", [FLOW, VP], ids=["flow", "vp"])
+# Plain spacings and the flow's own shift: what a user gets who names the class alone.
+DEFAULTS = {"shift 1", "linspace", "leading", "trailing"}
+CONDITIONS = [{"class_labels": [k], "guidance_scale": 2.0} for k in range(10)]
+
+
+def classical(process, num_steps):
+    grid = time_grid(process, num_steps, start=1.0 if process is FLOW else 0.9)
+    if process is FLOW:
+        return SearchedSolver.adams_bashforth(*grid, "velocity", 3)
+    return exponential_adams_bashforth(*grid, 3)
+
+
+def file_of(process, *solvers):
+    kind = "flow_prediction" if process is FLOW else "epsilon"
+    return SolverFile({solver.num_steps: solver for solver in solvers}, process, kind)
+
+
+@PROCESSES
+@pytest.mark.parametrize("num_steps", [5, 6])
+def test_between_classical_solvers_on_one_grid_is_the_classical_solver_on_it(process, num_steps):
+    table = derived_table(file_of(process, classical(process, 4), classical(process, 8)), num_steps)
+    expected = classical(process, num_steps)
+    np.testing.assert_allclose(table.timesteps, expected.timesteps, atol=1e-9)
+    np.testing.assert_allclose(table.coefficients, expected.coefficients, atol=1e-9)
+
+
+@PROCESSES
+@pytest.mark.parametrize("num_steps", [3, 5, 7, 12, 50])
+def test_what_is_derived_from_consistent_solvers_is_consistent(process, num_steps):
+    solvers = [
+        SearchedSolver.adams_bashforth(*time_grid(process, n, shift, 0.9), "velocity", 4)
+        for n, shift in ((4, 0.5), (8, 1.4))
+    ]
+    table = derived_table(file_of(process, *solvers), num_steps)
+    assert table.num_steps == num_steps
+    np.testing.assert_allclose(table.coefficients.sum(1), 1, atol=1e-9)
+
+
+def test_beyond_the_searched_counts_a_flow_keeps_the_density_of_nodes():
+    uneven = SearchedSolver.adams_bashforth(*time_grid(FLOW, 5, 3.0), "velocity", 3)
+    table = derived_table(file_of(FLOW, uneven), 20)
+    np.testing.assert_allclose(table.sigmas[::4], uneven.sigmas, atol=1e-12)
+    np.testing.assert_allclose(table.timesteps, 1000 * table.sigmas[:-1], atol=1e-9)
+
+
+def test_the_exponential_table_of_order_one_is_ddim_but_for_the_last_step():
+    grid = geometric_grid(VP, 6)
+    ddim = SearchedSolver.adams_bashforth(*grid, "data", 1).in_frame("velocity")
+    np.testing.assert_allclose(
+        exponential_adams_bashforth(*grid, 1).coefficients[:-1], ddim.coefficients[:-1], atol=1e-12
+    )
+
+
+def test_the_exponential_table_integrates_what_it_promises_exactly():
+    """Noise that is quadratic in lambda, in all steps that have three predictions."""
+    timesteps, alphas, sigmas = geometric_grid(VP, 8)
+    table = exponential_adams_bashforth(timesteps, alphas, sigmas, 3)
+
+    def noise(level):
+        return 1 + 0.3 * np.log(level) - 0.2 * np.log(level) ** 2
+
+    def integral(level):
+        """Of the noise over the level."""
+        log = np.log(level)
+        return level * (1 + 0.3 * (log - 1) - 0.2 * (log**2 - 2 * log + 2))
+
+    levels, x, history = sigmas / alphas, torch.randn((), dtype=torch.float64), []
+    for i in range(7):
+        # The velocity with which x = alpha * data + sigma * noise has that noise.
+        history.append(((alphas[i] + sigmas[i]) * noise(levels[i]) - x) / alphas[i])
+        after = table.step(x, history, i)
+        if i >= 2:
+            moved = float(after / alphas[i + 1] - x / alphas[i])
+            assert moved == pytest.approx(integral(levels[i + 1]) - integral(levels[i]), rel=1e-9)
+        x = after
+
+
+@pytest.mark.parametrize("name", list_bundled_solvers())
+def test_every_bundled_solver_serves_every_step_count(name):
+    scheduler = SearchedSolverScheduler.from_pretrained(name)
+    for num_steps in range(scheduler.solver_file.step_counts[0] - 1, 51):
+        scheduler.set_timesteps(num_steps)
+        assert len(scheduler.timesteps) == num_steps
+
+
+def test_a_derived_run_says_so_once_and_from_what(caplog):
+    logging.getLogger("diffusers_searched_solver").propagate = True
+    file = file_of(FLOW, classical(FLOW, 4), classical(FLOW, 8))
+    scheduler = SearchedSolverScheduler(prediction_type="flow_prediction")
+    scheduler.solver_file = file
+    for _ in range(2):
+        scheduler.set_timesteps(6)
+    (record,) = caplog.records
+    assert "No solver of 6 steps was searched" in record.message and "from that of 4 and 8 steps" in record.message
+    scheduler.set_timesteps(8)
+    assert len(caplog.records) == 1
+
+
+def test_strict_is_kept_by_saving(tmp_path):
+    file = file_of(FLOW, classical(FLOW, 4))
+    config = SearchedSolverScheduler(prediction_type="flow_prediction").config
+    SearchedSolverScheduler.from_config(config, solver=file, strict=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has 4. It is `strict`"):
+        SearchedSolverScheduler.from_pretrained(tmp_path).set_timesteps(5)
+    SearchedSolverScheduler.from_pretrained(tmp_path, strict=False).set_timesteps(5)
+
+
+@pytest.fixture(scope="module", params=["digits-dit", "digits-sit"])
+def digits(request, one_thread):
+    """A pipeline's name and config, and noises with their ends."""
+    pipe = load(request.param)
+    calls = NetworkCalls(pipe)
+    batches = make_batches(pipe, CONDITIONS, list(range(10**9, 10**9 + 16)), 16, 96, calls)
+    yield request.param, pipe.scheduler.config, batches
+    calls.remove()
+    for batch in batches:
+        batch.field.close()
+
+
+def tables(num_steps, schedulers):
+    """Those of schedulers that have one; whole timesteps may meet where there are many."""
+    for scheduler in schedulers:
+        with contextlib.suppress(ValueError):
+            yield solver_from_scheduler(scheduler, num_steps)
+
+
+def root_mean_squares(batches, solvers):
+    return table_errors(batches, solvers).square().mean(1).sqrt()
+
+
+@pytest.mark.parametrize("num_steps", [4, 6, 7, 9, 12, 16, 20, 30])
+def test_a_derived_solver_is_no_worse_than_the_best_of_diffusers_at_their_defaults(digits, num_steps):
+    name, config, batches = digits
+    file = load_solver_file(f"examples/results/{name}/solver/searched_solver.safetensors")
+    rivals = tables(
+        num_steps,
+        (
+            scheduler
+            for family, settings in diffusers_schedulers(config).items()
+            for setting, scheduler in settings.items()
+            if setting in DEFAULTS and "3" not in family
+        ),
+    )
+    found, *others = root_mean_squares(batches, [derived_table(file, num_steps), *rivals])
+    assert found <= min(others)
+
+
+@pytest.mark.parametrize("num_steps", [4, 6, 10, 20, 50])
+def test_without_a_solver_it_is_no_worse_than_dpm_solver_at_its_best_setting(digits, num_steps):
+    _, config, batches = digits
+    scheduler = SearchedSolverScheduler.from_config(config)
+    scheduler.set_timesteps(num_steps)
+    rivals = tables(num_steps, diffusers_schedulers(config)["DPM-Solver++(2M)"].values())
+    found, *others = root_mean_squares(batches, [scheduler._run.solver, *rivals])
+    assert found <= min(others)
+
+
+def test_few_step_tables_run_on_the_process_of_stable_diffusion():
+    process = VariancePreserving(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    for num_steps in range(1, 51):
+        table = few_step_table(process, num_steps)
+        assert table.reach("epsilon") < 1e3
