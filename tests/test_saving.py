@@ -148,8 +148,8 @@ def test_an_unknown_solver_is_answered_with_what_there_is():
         SearchedSolverScheduler.from_config(FLOW, solver="sit")
 
 
-def test_tables_that_do_not_fit_the_model_are_refused_with_both_processes_named():
-    with pytest.raises(ValueError, match="cannot be carried over to .*trained_betas=.0.1, 0.3., .*Search one"):
+def test_tables_that_do_not_fit_the_model_are_refused_with_what_differs():
+    with pytest.raises(ValueError, match="cannot be carried over.*Search one.*trained_betas None there, .0.1, 0.3. here"):
         SearchedSolverScheduler.from_config(
             {"trained_betas": [0.1, 0.3]}, solver=searched(beta_schedule="scaled_linear").solver_file
         )

@@ -6,6 +6,7 @@ import torch
 from greenlet import greenlet
 
 from diffusers_searched_solver import SearchedSolverScheduler
+from diffusers_searched_solver.limiting import has_limits
 from diffusers_searched_solver.scheduler import SearchedSolverSchedulerOutput
 
 
@@ -39,6 +40,11 @@ class HandOutScheduler(SearchedSolverScheduler):
         return self.index + 2 >= self.evaluations_per_call
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
+        if has_limits(self.config):
+            raise FieldError(
+                "The config of the pipeline's scheduler limits the data that is predicted (`thresholding` or "
+                "`clip_sample`), so a run is no table's. Set both to False in it to search a solver for such runs."
+            )
         self.num_inference_steps = self.evaluations_per_call
         self.time = torch.tensor(self.start, dtype=torch.float32, device=device)
         self.timesteps = _LiveTimesteps.of(self, self.time.repeat(self.num_inference_steps))

@@ -46,6 +46,15 @@ class Run:
                 "thread a pipeline of its own, with a copy of the scheduler (`copy.deepcopy`)."
             )
 
+    def advance(self, output: torch.Tensor, sample: torch.Tensor, index: int, prediction_type: str) -> torch.Tensor:
+        """Take step `index` from the network's output and the state that it was called on, to the next state."""
+        history = History(self.solver, prediction_type, index) if self.step_index is None else self.history
+        history.append(output, sample)
+        result = history.step(sample)
+        self.step_index = index + 1
+        self.history = history if self.step_index < self.solver.num_steps else None
+        return result
+
     def index_of(self, timestep: float | torch.Tensor) -> int:
         """
         The step whose timestep is nearest to `timestep`.

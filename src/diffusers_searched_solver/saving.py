@@ -9,6 +9,7 @@ from diffusers.utils import logging
 
 from .carrying import fitted_to
 from .configs import BETAS, deduced_entries, process_from_config
+from .limiting import LIMITS
 from .loading import (
     BUNDLED_SOLVERS,
     ConnectionBroken,
@@ -117,6 +118,7 @@ class SavedWithSolver(SchedulerMixin, ConfigMixin):
         """
         if config is not None:
             process_from_config(config)
+            config = _with_limits(config, {key: kwargs.pop(key) for key in LIMITS if key in kwargs})
             kwargs = {**{key: config[key] for key in BETAS if key in config}, **kwargs}
             if config.get("snr_shift_scale", 1.0) != 1.0:
                 kwargs.setdefault("snr_shift_scale", config["snr_shift_scale"])
@@ -148,6 +150,14 @@ class SavedWithSolver(SchedulerMixin, ConfigMixin):
             else:
                 save_solver_file(self.solver_file, path)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _with_limits(config: Mapping, limits: Mapping) -> Mapping:
+    """A config with entries that our constructor does not name; diffusers would go on with the old values."""
+    if not limits:
+        return config
+    defaults = [key for key in config.get("_use_default_values", ()) if key not in limits]
+    return {**config, **limits, "_use_default_values": defaults}
 
 
 def _is_bundled(name: str) -> bool:

@@ -11,11 +11,12 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
 
 from .configs import BETAS, process_from_config
-from .history import History
+from .limiting import has_limits, limited
 from .runs import Run
 from .saving import SavedWithSolver
 from .schedules import default_table, said_of_derived, searched_table, steps_asked_for, table_on, to_numpy
 from .serialization import SolverFile
+from .solver import SearchedSolver
 
 
 logger = logging.get_logger(__name__)
@@ -269,17 +270,19 @@ class SearchedSolverScheduler(SavedWithSolver):
             )
         if eta:
             raise NotImplementedError("A searched solver is deterministic. Call the pipeline without `eta`.")
-        solver, kind = run.solver, self.config.prediction_type
-        history = History(solver, kind, index) if run.step_index is None else run.history
-        history.append(model_output, sample)
-        prev_sample = history.step(sample).to(model_output.dtype)
-        run.step_index = index + 1
-        run.history = history if run.step_index < solver.num_steps else None
+        output, kind = self._limited(model_output, sample, run.solver, index)
+        prev_sample = run.advance(output, sample, index, kind).to(model_output.dtype)
         # Two passes over memory that the loops of pipelines have no use for, but for PixArt's in one step.
-        if not return_dict and solver.num_steps > 1:
+        if not return_dict and run.solver.num_steps > 1:
             return (prev_sample,)
-        data = solver.data(model_output, sample, index, kind).to(model_output.dtype)
+        data = run.solver.data(output, sample, index, kind).to(model_output.dtype)
         return SearchedSolverSchedulerOutput(prev_sample, data) if return_dict else (prev_sample, data)
+
+    def _limited(self, model_output, sample, solver: SearchedSolver, index: int) -> tuple[torch.Tensor, str]:
+        """The output and what it is of: the data instead, if the config limits that."""
+        if not has_limits(self.config):
+            return model_output, self.config.prediction_type
+        return limited(solver.data(model_output, sample, index, self.config.prediction_type), self.config), "sample"
 
     def _output(self, model_output, sample, per_token_timesteps) -> torch.Tensor:
         """The part of what a pipeline hands to `step` that is of the config's `prediction_type`, with that sign."""
