@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from search.earlier import earlier_search, to_measure
 from search.estimate import estimate, expected_calls
 from search.fit.strategy import check_settings
+from search.launch.heartbeat import peers_watched
 from search.launch.processes import LostProcessError
 from search.measure.image_metrics import load_feature_network
 from search.pipeline.conditions import sampled_conditions
@@ -45,7 +46,8 @@ def main(arguments: list[str] | None = None):
     if settings.fitter == "gradient" and settings.guidance_scale is None and takes_guidance(pipe):
         settings = replace(settings, guidance_scale=(1.0,))
     command = shlex.join(["accelerate", "launch", "search/run.py", *(arguments or sys.argv[1:])])
-    _run(pipe, settings, command, accelerator.log)
+    with peers_watched(GO_ON):
+        _run(pipe, settings, command, accelerator.log)
     if settings.dry_run:
         return
     for tracker in accelerator.trackers:

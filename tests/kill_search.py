@@ -146,6 +146,9 @@ def check_whole(out: Path):
             continue
         if path.suffix == ".json":
             json.loads(path.read_text())
+        elif path.suffix == ".jsonl":
+            # The last line may be torn.
+            [json.loads(line.partition(" ")[2]) for line in path.read_text().split("\n")[:-1]]
         elif path.suffix == ".png":
             Image.open(path).load()
         elif path.suffix == ".html":

@@ -16,6 +16,8 @@ from kill_search import OPTIONS, PIPELINE, RUN, Search, check_whole, kill_and_go
 from safetensors.torch import load_file, save_file
 
 from diffusers_searched_solver import SearchedSolverScheduler
+from search.fit import strategy
+from search.launch import heartbeat
 
 
 GRADIENT = ["--fitter", "gradient", "--num-samples", 64]
@@ -73,6 +75,30 @@ def test_if_one_of_two_processes_is_killed_the_other_says_so_and_one_can_go_on(u
     assert "error: Another process of the search has ended" in search.log
     check_whole(search.out)
     assert Search(tmp_path, "--resume").found() == undisturbed[0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_if_one_of_two_processes_stands_still_the_other_says_so_and_one_can_go_on(undisturbed, tmp_path, victim):
+    search = Search(tmp_path, num_processes=2, prepare=impatient).wait_for("3 steps, best that is known")
+    os.kill(search.processes[victim].pid, signal.SIGSTOP)
+    search.processes[1 - victim].join(60)
+    assert search.processes[1 - victim].exitcode == 1
+    assert f"error: Process {victim} has not been heard of for 3 s; it may be stopped" in search.log
+    search.kill()
+    check_whole(search.out)
+    assert Search(tmp_path, "--resume").found() == undisturbed[0]
+
+
+def impatient():
+    """In place of minutes."""
+    heartbeat.BEAT, heartbeat.PATIENCE = 0.2, 3.0
+
+
+def test_memory_that_runs_out_in_one_of_two_processes_is_said_by_it(tmp_path):
+    search = Search(tmp_path, num_processes=2, prepare=spend_memory)
+    assert search.wait(60) == [1, 1]
+    assert "no more memory" in search.log and "Lower --batch-size" in search.log
+    assert "Traceback" not in search.log
 
 
 @pytest.mark.parametrize(
@@ -184,10 +210,10 @@ def test_memory_that_runs_out_for_the_derivatives_is_said(tmp_path):
 def spend_memory():
     """In place of what takes more of it than the network's calls."""
 
-    def einsum(*args):
+    def iteration(*args):
         raise torch.OutOfMemoryError("no more memory")
 
-    torch.einsum = einsum
+    strategy.gauss_newton_iteration = iteration
 
 
 def test_without_resume_what_was_begun_is_not_thrown_away(begun):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -80,8 +81,10 @@ def everyone(values: list) -> list:
 
 @contextmanager
 def _others() -> Iterator[None]:
-    """Wait for the others."""
+    """An error that says so if another process is gone; one that is this process's own stays what it is."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise LostProcessError("Another process of the search has ended; it may have said why.") from error
