@@ -1,8 +1,11 @@
 """What a field counts, and the networks that it drives: compiled, offloaded, quantised, in half precision."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers import DiTPipeline
 from fields import DIGITS, inputs_of, load, own_run, stable_diffusion_with_a_text_encoder
 from tiny_pipelines import build
 from torch._dynamo.testing import CompileCounter
@@ -54,6 +57,38 @@ def test_text_encoders_and_calls_outside_of_fields_are_not_counted(open_field):
     pipe.set_progress_bar_config(disable=True)
     pipe(**inputs, num_inference_steps=2, output_type="latent")
     assert field.calls.count == 1
+
+
+class PipelineWithALanguageModel(DiTPipeline):
+    """Runs another network sixteen times before its loop."""
+
+    def __call__(self, *args, **kwargs):
+        for _ in range(16):
+            self.vae(torch.zeros(1, 1, 8, 8))
+        return super().__call__(*args, **kwargs)
+
+
+def test_what_runs_often_before_the_loop_is_not_counted(open_field):
+    pipe = PipelineWithALanguageModel(**load("digits-dit").components)
+    field = open_field(pipe, {"class_labels": [1], "guidance_scale": 1.0}, [0])
+    assert field.calls.count == 1
+
+
+class PackedNetwork(torch.nn.Module):
+    """Takes the tokens of one sample one after another, as Cosmos 3's does."""
+
+    def forward(self, input_ids, text_indexes, vision_tokens):
+        return vision_tokens
+
+
+def test_tokens_of_one_sample_are_one_sample():
+    network = PackedNetwork()
+    calls = NetworkCalls(SimpleNamespace(components={"transformer": network}))
+    with calls.evaluation():
+        for _ in ("with the prompt", "without it"):
+            network(input_ids=torch.arange(13), text_indexes=torch.arange(13), vision_tokens=[torch.zeros(26, 4)])
+    calls.remove()
+    assert calls.count == 2
 
 
 def test_a_listener_hears_of_every_evaluation(digits_dit):

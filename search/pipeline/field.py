@@ -171,8 +171,8 @@ class PipelineField:
         except Exception as error:
             raise FieldError(
                 f"The call of {type(self.pipe).__name__} with {describe(self.call_kwargs)} failed: "
-                f"{type(error).__name__}: {error}. Make the same call yourself with your own scheduler to see whether "
-                "the arguments are right."
+                f"{type(error).__name__}: {str(error).rstrip('.')}. Make the same call yourself, with your own "
+                "scheduler, to see whether the arguments are right."
             ) from error
 
     @contextmanager

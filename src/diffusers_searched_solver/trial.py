@@ -236,8 +236,9 @@ def _recorded_call(
         raise
     except Exception as error:
         raise UnsuitableCallError(
-            f"The call of {type(pipe).__name__} with {describe(call)} failed: {type(error).__name__}: {error} (Make "
-            "the same call yourself, with your own scheduler, to see whether the arguments are right.)"
+            f"The call of {type(pipe).__name__} with {describe(call)} failed: {type(error).__name__}: "
+            f"{str(error).rstrip('.')}. Make the same call yourself, with your own scheduler, to see whether the "
+            "arguments are right."
         ) from error
     finally:
         del scheduler.set_timesteps
