@@ -1,6 +1,7 @@
 """What a search refuses before it spends anything, and what it makes one by one."""
 
 import re
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -180,12 +181,12 @@ def test_one_sample_gets_a_generator_and_not_a_list_of_one(digits_dit):
 # Whose schedule runs
 
 
-@pytest.mark.parametrize("name", ["cogview4", "ltx_condition"])
-def test_a_pipeline_with_a_schedule_of_its_own_is_refused_by_search_and_check(name):
-    case = build(name)
+def test_a_pipeline_with_a_schedule_of_its_own_is_refused_by_search_and_check():
+    """CogView4 passes whole times, whatever it is told."""
+    case = build("cogview4")
     message = "sets a schedule of its own on its scheduler"
     with pytest.raises(UnsuitableCallError, match=message):
-        admit(case.pipe, [inputs_of(name)], [4])
+        admit(case.pipe, [inputs_of("cogview4")], [4])
     process = SearchedSolverScheduler.from_config(case.config).process
     solver = SearchedSolver.adams_bashforth(*time_grid(process, 4), "velocity", 2)
     with pytest.raises(UnsuitableCallError, match=message):
@@ -210,6 +211,26 @@ def test_where_an_argument_selects_the_table_that_is_said_and_measured(caplog):
     assert [step.index for step in trial.steps] == [0, 1, 2, 3]
     admit(pipe, [inputs_of("flux")], [4])
     assert "only if `sigmas=[1 - i / N for i in range(N)]` is among the arguments" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["ltx_condition", "ltx_condition_on_an_image"])
+def test_a_solvers_timesteps_select_it_where_a_pipeline_passes_them_on(name, caplog):
+    """And a check measures it with them; without them it would measure a classical solver."""
+    pipe, inputs = build(name).pipe, inputs_of(name)
+    admit(pipe, [inputs], [4])
+    assert "only if `timesteps=scheduler.solver_file.solvers[N].timesteps.tolist()` is among" in caplog.text
+    trial = try_call(pipe, inputs, 4)
+    scheduler = SearchedSolverScheduler.from_config(build(name).config, solver=trial.solver)
+    states = own_run(pipe, scheduler, {**inputs, "timesteps": trial.solver.timesteps.tolist()}, [0], 4)
+    assert torch.equal(states[0], trial.steps[0].sample)
+    assert scheduler.sigmas.tolist() == trial.solver.sigmas.astype("float32").tolist()
+    process = SearchedSolverScheduler.from_config(build(name).config).process
+    twice = replace(trial.solver, coefficients=2 * trial.solver.coefficients, consistent=False)
+    good, bad = (
+        check_solver(pipe, SolverFile({4: solver}, process, "flow_prediction"), [inputs] * 5)[0].searched
+        for solver in (trial.solver, twice)
+    )
+    assert (good < 0.5 * bad).all()
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,11 @@ def admit(pipe: DiffusionPipeline, conditions: Sequence[Mapping], step_counts: S
 
 
 def _needs_argument(pipe, trial: Trial) -> str:
-    value = "[1 - i / N for i in range(N)]" if trial.schedule_argument == "sigmas" else "scheduler.timesteps"
+    by_argument = {
+        "sigmas": "[1 - i / N for i in range(N)]",
+        "timesteps": "scheduler.solver_file.solvers[N].timesteps.tolist()",
+    }
+    value = by_argument[trial.schedule_argument]
     return (
         f"{type(pipe).__name__} runs a solver of N steps only if `{trial.schedule_argument}={value}` is among the "
         "arguments of its call: it sets a schedule of its own otherwise. Pass that with every call."

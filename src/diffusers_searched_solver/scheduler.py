@@ -14,7 +14,15 @@ from .configs import BETAS, process_from_config
 from .limiting import has_limits, limited
 from .runs import Run
 from .saving import SavedWithSolver
-from .schedules import default_table, said_of_derived, searched_table, steps_asked_for, table_on, to_numpy
+from .schedules import (
+    default_table,
+    said_of_derived,
+    searched_table,
+    steps_asked_for,
+    steps_called_at,
+    table_on,
+    to_numpy,
+)
 from .serialization import SolverFile
 from .solver import SearchedSolver
 
@@ -133,9 +141,10 @@ class SearchedSolverScheduler(SavedWithSolver):
                 minus one to 50, for which a table is derived from those in the file, with a warning.
             device (*optional*): Where `timesteps` goes.
             timesteps, sigmas (*optional*): An explicit schedule. `sigmas` equal to 1 - i/N, which many flow pipelines
-                pass by default, means N steps of the searched solver; any other schedule is honoured with a classical
-                second-order multistep table on those nodes. `sigmas` are shifted as the config says, and the network
-                is called at `timesteps` if both are given, as in [`FlowMatchEulerDiscreteScheduler`].
+                pass by default, means N steps of the searched solver, and so do the `timesteps` that it has for N
+                steps, for pipelines that pass others unless they are told. Any other schedule is honoured with a
+                classical second-order multistep table on those nodes. `sigmas` are shifted as the config says, and the
+                network is called at `timesteps` if both are given, as in [`FlowMatchEulerDiscreteScheduler`].
             mu (`float`, *optional*): Shift of the classical grid if the config uses dynamic shifting.
 
         Raises:
@@ -143,6 +152,8 @@ class SearchedSolverScheduler(SavedWithSolver):
             TypeError: If `num_inference_steps` is not a whole number.
         """
         num_steps = steps_asked_for(num_inference_steps, timesteps, sigmas)
+        if num_steps is None and self.solver_file is not None and sigmas is None:
+            num_steps = steps_called_at(self.solver_file, timesteps)
         if num_steps is None:
             if self.solver_file is not None:
                 self._warn_once(

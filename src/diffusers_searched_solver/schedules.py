@@ -154,6 +154,13 @@ def to_numpy(values: Schedule) -> np.ndarray:
     return values.detach().cpu().double().numpy() if torch.is_tensor(values) else np.asarray(values, np.float64)
 
 
+def steps_called_at(file: SolverFile, timesteps: Schedule) -> int | None:
+    """The number of steps in which a solver is called at these timesteps, as a scheduler gives them out."""
+    given = to_numpy(timesteps).astype(np.float32)
+    same = (n for n, table in file.solvers.items() if np.array_equal(table.timesteps.astype(np.float32), given))
+    return next(same, None)
+
+
 def _is_default_grid(sigmas: Schedule) -> bool:
     """Whether `sigmas` is 1 - i/N, which flow pipelines pass for lack of a wish."""
     sigmas = to_numpy(sigmas)

@@ -221,7 +221,6 @@ def _recorded_call(
     @functools.wraps(set_timesteps)
     def noting_set_timesteps(*args, **kwargs):
         passed[:] = [key for key in SCHEDULES if kwargs.get(key) is not None]
-        steps.clear()
         return set_timesteps(*args, **kwargs)
 
     def see(output, sample, next_sample):
