@@ -107,7 +107,7 @@ def _compare(pipe, inputs: Mapping) -> tuple[str, str]:
     errors = []
     for seed, ends in said.items():
         for end, solver, scheduler in zip(ends, solvers, schedulers, strict=True):
-            more = {} if argument is None else {argument: schedule_for(argument, solver)}
+            more = {} if argument is None else {argument: schedule_for(argument, solver.timesteps.tolist())}
             own = _own_end(pipe, scheduler, {**inputs, **more}, solver.num_steps, seed)
             if own.shape != end.shape:
                 return WRONG, f"states of shape {tuple(own.shape)}, said to be {tuple(end.shape)}"

@@ -102,8 +102,8 @@ def check_solver(
     argument = try_call(pipe, calls[0], min(errors)).schedule_argument
 
     def table_end(scheduler: SearchedSolverScheduler, count: int, call: Mapping, seed: int) -> torch.Tensor:
-        table = scheduler.solver_file.solvers[count]
-        more = {} if argument is None else {argument: schedule_for(argument, table)}
+        scheduler.set_timesteps(count)
+        more = {} if argument is None else {argument: schedule_for(argument, scheduler.timesteps.tolist())}
         return _end(pipe, scheduler, {**call, **more}, count, seed, on_step)
 
     for seed, call in enumerate(calls):

@@ -145,7 +145,7 @@ def try_call(pipe: DiffusionPipeline, call: Mapping, num_steps: int, seed: int =
         argument = _selecting_argument(pipe, scheduler, solver, call, seed)
         if argument is None:
             raise UnsuitableCallError(_own_schedule(pipe, passed))
-        more = {argument: schedule_for(argument, solver)}
+        more = {argument: schedule_for(argument, solver.timesteps.tolist())}
         steps, _ = _recorded_call(pipe, scheduler, {**call, **more}, num_steps, seed)
     _check_all_ran(pipe, [step.index for step in steps], solver)
     return Trial(solver, steps, argument)
@@ -157,11 +157,10 @@ def trial_table(process: NoiseProcess, num_steps: int) -> SearchedSolver:
     return SearchedSolver.adams_bashforth(APART * timesteps, alphas, sigmas, "velocity", order=2)
 
 
-def schedule_for(argument: str, solver: SearchedSolver) -> list[float]:
-    """What the argument `sigmas` (1 - i/N, which stands for N steps) or `timesteps` (the table's) has to be."""
-    if argument == "sigmas":
-        return (1 - np.arange(solver.num_steps) / solver.num_steps).tolist()
-    return solver.timesteps.astype(np.float32).tolist()
+def schedule_for(argument: str, timesteps: Sequence[float]) -> list[float]:
+    """What the argument `sigmas` (1 - i/N, which stands for N steps) or `timesteps` of a call has to be for a table."""
+    steps = len(timesteps)
+    return [1 - i / steps for i in range(steps)] if argument == "sigmas" else list(timesteps)
 
 
 def _selecting_argument(pipe, scheduler, solver, call: Mapping, seed: int) -> str | None:
@@ -170,7 +169,7 @@ def _selecting_argument(pipe, scheduler, solver, call: Mapping, seed: int) -> st
     for argument in SCHEDULES:
         if argument in parameters:
             try:
-                more = {argument: schedule_for(argument, solver)}
+                more = {argument: schedule_for(argument, solver.timesteps.tolist())}
                 _recorded_call(pipe, scheduler, {**call, **more}, solver.num_steps, seed)
             except UnsuitableCallError:
                 continue
