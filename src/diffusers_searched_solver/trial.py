@@ -158,7 +158,7 @@ def trial_table(process: NoiseProcess, num_steps: int) -> SearchedSolver:
 
 
 def schedule_for(argument: str, timesteps: Sequence[float]) -> list[float]:
-    """What the argument `sigmas` (1 - i/N, which stands for N steps) or `timesteps` of a call has to be for a table."""
+    """What the argument `sigmas` (1 - i/N, which stands for N steps) or `timesteps` of a call has to be."""
     steps = len(timesteps)
     return [1 - i / steps for i in range(steps)] if argument == "sigmas" else list(timesteps)
 
