@@ -79,7 +79,7 @@ SIGNATURES = {
     SearchedSolverScheduler: "(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule='linear', "
     "trained_betas=None, rescale_betas_zero_snr=False, snr_shift_scale=1.0, prediction_type='epsilon', shift=1.0, "
     "use_dynamic_shifting=False, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096, "
-    "variance_type=None)",
+    "variance_type=None, strict=False)",
     SearchedSolverScheduler.from_pretrained: "(pretrained_model_name_or_path, subfolder=None, "
     "return_unused_kwargs=False, **kwargs)",
     SearchedSolverScheduler.from_config: "(config=None, return_unused_kwargs=False, solver=None, **kwargs)",

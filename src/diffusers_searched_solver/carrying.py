@@ -104,8 +104,9 @@ def _carried(solver: SearchedSolver, source: NoiseProcess, target: NoiseProcess)
 def _apart(times: np.ndarray, end: float) -> np.ndarray:
     """Times of which several have met at an end, evenly from there to the next one."""
     noisiest, cleanest = np.count_nonzero(times == end), np.count_nonzero(times == 0)
-    if max(noisiest, cleanest) == len(times):
-        return times
+    met = max(noisiest - 1, 0) + max(cleanest - 1, 0)
+    if 2 * met >= len(times):
+        raise ValueError(f"{met + 1} of its {len(times)} nodes are beyond the model's noise levels.")
     times = times.copy()
     times[:noisiest] = np.linspace(end, times[noisiest], noisiest, endpoint=False)
     times[len(times) - cleanest :] = np.linspace(times[-cleanest - 1], 0, cleanest + 1)[1:]
