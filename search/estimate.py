@@ -8,10 +8,11 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
+from diffusers_searched_solver.rivals import diffusers_schedulers
+
 from .fit.problem import setup_evaluations
 from .fit.strategy import derivative_bytes, judging_evaluations, shared_evaluations, usual_calls
 from .gradient.recipe import Recipe, recipe_evaluations
-from .known.baselines import diffusers_schedulers
 from .launch.network_calls import NetworkCalls
 from .launch.progress import DRAWING, IMAGES, MEASURING, TEACHER
 from .measure.feature_network import FeatureNetwork

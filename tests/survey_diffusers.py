@@ -35,6 +35,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, solver_from_scheduler, time_grid
+from diffusers_searched_solver.rivals import diffusers_schedulers
 from diffusers_searched_solver.trial import (
     UnsuitableCallError,
     recorded_steps,
@@ -42,7 +43,6 @@ from diffusers_searched_solver.trial import (
     try_call,
     undecoded,
 )
-from search.known.baselines import diffusers_schedulers
 from search.launch.network_calls import NetworkCalls
 from search.pipeline.field import Alone, FieldError
 from search.pipeline.rollout import rollout

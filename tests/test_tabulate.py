@@ -19,7 +19,8 @@ from diffusers_searched_solver import (
     solver_from_scheduler,
     time_grid,
 )
-from search.known.baselines import diffusers_schedulers, known_tables, run_scheduler
+from diffusers_searched_solver.rivals import diffusers_schedulers
+from search.known.baselines import known_tables, run_scheduler
 from search.known.race import race_errors
 from search.pipeline.field import NetworkCalls, PipelineField
 from search.pipeline.rollout import Batch, rollout, sample_errors

@@ -18,8 +18,8 @@ from diffusers_searched_solver import (
     time_grid,
 )
 from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver.rivals import diffusers_schedulers
 
-from ..known.baselines import diffusers_schedulers
 from ..known.race import FirstPredictions
 from ..launch.processes import agree, everyone, gather, share, total
 from ..pipeline.conditions import variant_of

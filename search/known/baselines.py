@@ -7,14 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
+from diffusers import SchedulerMixin
 
 from diffusers_searched_solver import (
     NoiseProcess,
@@ -23,14 +16,13 @@ from diffusers_searched_solver import (
     solver_from_scheduler,
     time_grid,
 )
-from diffusers_searched_solver.configs import prediction_type_from_config
+from diffusers_searched_solver.rivals import FLOW_SHIFTS, diffusers_schedulers
 
 from ..pipeline.field import PipelineField
 
 
 logger = logging.getLogger(__name__)
 
-FLOW_SHIFTS = (0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 # Of a variance-preserving process: shift of the time grid, and where it begins.
 VARIANCE_PRESERVING_GRIDS = tuple(itertools.product((0.35, 0.5, 0.7, 1.0, 1.5), (0.8, 0.9, 1.0)))
 CLASSICAL, GIVEN, NEIGHBOUR = "classical table", "given solver", "other step counts"
@@ -91,61 +83,6 @@ def classical_solvers(process: NoiseProcess, num_steps: int) -> dict[str, Search
             name = f"AB{order}, {frame}, shift {shift:g}" + ("" if start == 1 else f" from {start:g}")
             solvers[name] = SearchedSolver.adams_bashforth(*grid, frame, order)
     return solvers
-
-
-def diffusers_schedulers(config: Mapping) -> dict[str, dict[str, SchedulerMixin]]:
-    """
-    diffusers' few-step schedulers for a model, by family and setting; all make one network call a step.
-
-    Args:
-        config: The config of the pipeline's scheduler.
-    """
-    if prediction_type_from_config(config) == "flow_prediction":
-        return _flow_schedulers(config)
-    return _variance_preserving_schedulers(config)
-
-
-def _flow_schedulers(config) -> dict[str, dict[str, SchedulerMixin]]:
-    train = {"num_train_timesteps": config.get("num_train_timesteps", 1000)}
-    flow = {**train, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
-    families = {
-        "Euler": lambda shift: FlowMatchEulerDiscreteScheduler(**train, shift=shift),
-        "DPM-Solver++(2M)": lambda shift: DPMSolverMultistepScheduler(**flow, flow_shift=shift),
-        "DPM-Solver++(3M)": lambda shift: DPMSolverMultistepScheduler(**flow, flow_shift=shift, solver_order=3),
-        "UniPC 2": lambda shift: UniPCMultistepScheduler(**flow, flow_shift=shift),
-        "UniPC 3": lambda shift: UniPCMultistepScheduler(**flow, flow_shift=shift, solver_order=3),
-        "DEIS 2": lambda shift: DEISMultistepScheduler(**flow, flow_shift=shift),
-        "DEIS 3": lambda shift: DEISMultistepScheduler(**flow, flow_shift=shift, solver_order=3),
-    }
-    return {name: {f"shift {s:g}": make(s) for s in FLOW_SHIFTS} for name, make in families.items()}
-
-
-def _variance_preserving_schedulers(config) -> dict[str, dict[str, SchedulerMixin]]:
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    model = {key: config[key] for key in keys if config.get(key) is not None}
-    spacings = {
-        "trailing": {"timestep_spacing": "trailing"},
-        "leading": {"timestep_spacing": "leading", "steps_offset": 1},
-        "linspace": {"timestep_spacing": "linspace"},
-        "Karras": {"timestep_spacing": "trailing", "use_karras_sigmas": True},
-        "exponential": {"timestep_spacing": "trailing", "use_exponential_sigmas": True},
-    }
-    classes = {
-        "DPM-Solver++({}M)": (DPMSolverMultistepScheduler, {"uniform lambda": {"use_lu_lambdas": True}}),
-        "UniPC {}": (UniPCMultistepScheduler, {}),
-        "DEIS {}": (DEISMultistepScheduler, {}),
-    }
-    families = {
-        "DDIM": {
-            name: DDIMScheduler(**model, clip_sample=False, timestep_spacing=name, steps_offset=int(name == "leading"))
-            for name in ("trailing", "leading", "linspace")
-        }
-    }
-    for (title, (cls, more)), order in itertools.product(classes.items(), (2, 3)):
-        families[title.format(order)] = {
-            name: cls(**model, solver_order=order, **spacing) for name, spacing in {**spacings, **more}.items()
-        }
-    return families
 
 
 def run_scheduler(field: PipelineField, scheduler: SchedulerMixin, num_steps: int) -> torch.Tensor:

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from diffusers_searched_solver import solver_from_scheduler
+from diffusers_searched_solver.rivals import diffusers_schedulers
 
-from ..known.baselines import KnownTable, diffusers_schedulers
+from ..known.baselines import KnownTable
 from ..pipeline.rollout import root_mean_square
 from .evaluate import SEARCHED, Comparison
 

@@ -10,8 +10,9 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver import SearchedSolver, solver_from_scheduler
 from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver.rivals import diffusers_schedulers
 
-from ..known.baselines import CLASSICAL, KnownTable, diffusers_schedulers, known_tables
+from ..known.baselines import CLASSICAL, KnownTable, known_tables
 from ..known.contest import Number
 from ..known.race import best_of_families, race, race_errors
 from ..launch.journal import Journal

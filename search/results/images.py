@@ -11,8 +11,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from diffusers_searched_solver import SearchedSolverScheduler
 from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver.rivals import diffusers_schedulers
 
-from ..known.baselines import diffusers_schedulers
 from ..measure.evaluate import OWN, SEARCHED, Row
 from ..measure.measuring import Evaluation
 from ..teacher.batches import Samples, in_parts, merged, pipeline_calls

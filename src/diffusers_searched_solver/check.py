@@ -11,9 +11,11 @@ from diffusers.utils import logging
 
 from .grids import log_snr_grid, time_grid
 from .process import NoiseProcess
+from .rivals import diffusers_schedulers
 from .scheduler import SearchedSolverScheduler
 from .serialization import SolverFile
 from .solver import SearchedSolver
+from .tabulate import solver_from_scheduler
 from .trial import check_arguments, recorded_steps, schedule_for, try_call, undecoded
 
 
@@ -28,35 +30,53 @@ DOUBT = 0.05
 @dataclass(frozen=True)
 class Comparison:
     """
-    How far a searched solver and a pipeline's own scheduler end from the reference, in the same number of steps.
+    How far a searched solver, a pipeline's own scheduler and the best of diffusers' schedulers end from the reference,
+    in the same number of steps.
 
     Args:
-        num_steps (`int`): The steps of both.
-        searched, own (`np.ndarray`, shape (samples,)): Root mean square distance of each sample's end to the
+        num_steps (`int`): The steps of all.
+        searched, own, best (`np.ndarray`, shape (samples,)): Root mean square distance of each sample's end to the
             reference's end from the same noise.
+        best_name (`str`): Which of diffusers' schedulers is the best, at which setting.
     """
 
     num_steps: int
     searched: np.ndarray
     own: np.ndarray
+    best: np.ndarray
+    best_name: str
 
     @property
     def ratio(self) -> float:
         """The searched solver's error (root mean square over samples) as a share of the own scheduler's."""
-        with np.errstate(all="ignore"):
-            return float(np.sqrt(np.mean(self.searched**2) / np.mean(self.own**2)))
+        return _ratio(self.searched, self.own)
+
+    @property
+    def ratio_to_best(self) -> float:
+        """The same as a share of the error of the best of diffusers."""
+        return _ratio(self.searched, self.best)
 
     @property
     def wins(self) -> int:
-        """On how many samples the searched solver ends nearer."""
+        """On how many samples the searched solver ends nearer than the own scheduler."""
         return int((self.searched < self.own).sum())
 
     @property
     def is_better(self) -> bool:
-        """Whether the searched solver's error is smaller, and on more samples than by chance (a sign test)."""
-        samples = len(self.own)
-        chance = sum(math.comb(samples, wins) for wins in range(self.wins, samples + 1)) / 2**samples
-        return self.ratio < 1 and chance <= DOUBT
+        """Whether the searched solver's error is smaller than both, on more samples than by chance (sign tests)."""
+        return _is_better(self.searched, self.own) and _is_better(self.searched, self.best)
+
+
+def _ratio(errors: np.ndarray, others: np.ndarray) -> float:
+    with np.errstate(all="ignore"):
+        return float(np.sqrt(np.mean(errors**2) / np.mean(others**2)))
+
+
+def _is_better(errors: np.ndarray, others: np.ndarray) -> bool:
+    samples = len(others)
+    least = int((errors < others).sum())
+    chance = sum(math.comb(samples, wins) for wins in range(least, samples + 1)) / 2**samples
+    return _ratio(errors, others) < 1 and chance <= DOUBT
 
 
 def check_solver(
@@ -70,7 +90,8 @@ def check_solver(
     Measure a solver on a pipeline as it is: fine-tuned, quantised, with a LoRA, at any guidance and resolution.
 
     Each sample is drawn by the pipeline's ordinary call, from the same noise, with a reference of 64 steps, with the
-    pipeline's own scheduler and with the solver.
+    pipeline's own scheduler, with the solver, and with the best of diffusers' few-step schedulers: that which ends
+    nearest from the first noise, at its best setting.
 
     Args:
         pipe (`DiffusionPipeline`): Has its own scheduler again afterwards.
@@ -95,7 +116,7 @@ def check_solver(
     searched = SearchedSolverScheduler.from_config(own.config, solver=solver)
     teacher = teacher_solver(searched.process, REFERENCE_STEPS)
     reference = SearchedSolverScheduler.from_config(own.config, solver=teacher)
-    for count in (errors := {count: ([], []) for count in num_steps or solver.step_counts}):
+    for count in (errors := {count: ([], [], []) for count in num_steps or solver.step_counts}):
         searched.set_timesteps(count)  # Raises early if there is none.
     for call in calls:
         check_arguments(pipe, call)
@@ -113,19 +134,47 @@ def check_solver(
                 f"The reference of sample {seed} is not finite. Run the pipeline in float32, or make sure that it "
                 "draws a sample with these arguments and its own scheduler."
             )
-        for count, of_both in errors.items():
-            ends = table_end(searched, count, call, seed), _end(pipe, own, call, count, seed, on_step)
-            for found, end in zip(of_both, ends, strict=True):
+        if seed == 0:
+            distances = {
+                count: {
+                    name: _distance(table_end(rival, count, call, seed), target)
+                    for name, rival in rival_schedulers(own.config, count).items()
+                }
+                for count in errors
+            }
+            names = {count: min(of_count, key=of_count.get) for count, of_count in distances.items()}
+            best = {count: rival_schedulers(own.config, count)[name] for count, name in names.items()}
+        for count, of_each in errors.items():
+            ends = (
+                table_end(searched, count, call, seed),
+                _end(pipe, own, call, count, seed, on_step),
+                table_end(best[count], count, call, seed),
+            )
+            for found, end in zip(of_each, ends, strict=True):
                 found.append(_distance(end, target))
         if seed == 0:
             limit = _distance(_end(pipe, own, call, REFERENCE_STEPS, seed, on_step), target)
-            _warn_unless_below(limit, min(found[-1] for _, found in errors.values()), own)
-    return [Comparison(count, *map(np.array, of_both)) for count, of_both in errors.items()]
+            _warn_unless_below(limit, min(found[-1] for _, found, _ in errors.values()), own)
+    return [Comparison(count, *map(np.array, of_each), names[count]) for count, of_each in errors.items()]
 
 
-def count_steps(num_steps: Sequence[int], num_samples: int) -> int:
-    """How many steps of the pipeline [`check_solver`] takes."""
-    return REFERENCE_STEPS + num_samples * (REFERENCE_STEPS + 2 * sum(num_steps))
+def rival_schedulers(config: Mapping, num_steps: int) -> dict[str, SearchedSolverScheduler]:
+    """diffusers' few-step schedulers for a model at all settings, as tables, by family and setting."""
+    found = {}
+    for family, settings in diffusers_schedulers(config).items():
+        for setting, scheduler in settings.items():
+            try:
+                table = solver_from_scheduler(scheduler, num_steps)
+            except ValueError:
+                continue  # whole timesteps may meet
+            found[f"{family}, {setting}"] = SearchedSolverScheduler.from_config(config, solver=table)
+    return found
+
+
+def count_steps(config: Mapping, num_steps: Sequence[int], num_samples: int) -> int:
+    """How many steps of the pipeline with a scheduler of that config [`check_solver`] takes."""
+    racing = sum(count * len(rival_schedulers(config, count)) for count in num_steps)
+    return REFERENCE_STEPS + racing + num_samples * (REFERENCE_STEPS + 3 * sum(num_steps))
 
 
 def teacher_solver(process: NoiseProcess, num_steps: int) -> SearchedSolver:

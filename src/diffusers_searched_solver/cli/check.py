@@ -21,9 +21,9 @@ DESCRIPTION = f"""\
 Is a solver good for your pipeline: a fine-tune, another guidance scale, another resolution?
 
 Samples are drawn by the pipeline's ordinary call, from the same noise: in {REFERENCE_STEPS} steps of a classical
-solver, then in few steps with the pipeline's own scheduler and with the searched solver. The answer is which of these
-two ends nearer to where the many steps end. Exit status: 0 if it is the searched solver at every step count, 1 if not,
-2 on an error."""
+solver, then in few steps with the pipeline's own scheduler, with the searched solver, and with the best of diffusers'
+schedulers at its best setting. The answer is which of these ends nearest to where the many steps end. Exit status: 0
+if it is the searched solver at every step count, 1 if not, 2 on an error."""
 EPILOG = """\
 A pipeline that is made ready in code (with a LoRA, quantised, compiled, offloaded) is checked in code:
 
@@ -60,27 +60,35 @@ def run(file: SolverFile, options: argparse.Namespace) -> int:
     Measure, and print what was found.
 
     Returns:
-        `int`: 0 if the solver is better than the pipeline's own scheduler at every step count, 1 if not.
+        `int`: 0 if the solver is better than all of diffusers at every step count, 1 if not.
     """
     pipe = _load_pipeline(options.pipeline, getattr(torch, options.dtype))
     calls = _calls(pipe, options)
     counts = options.num_steps or file.step_counts
     try:
-        with tqdm(desc="steps", total=count_steps(counts, len(calls)), disable=None, leave=False) as progress:
+        with tqdm(
+            desc="steps", total=count_steps(pipe.scheduler.config, counts, len(calls)), disable=None, leave=False
+        ) as progress:
             found = check_solver(pipe, file, calls, counts, progress.update)
     except (TypeError, AttributeError, LookupError, RuntimeError) as error:
         raise ValueError(f"The call of {type(pipe).__name__} failed: {type(error).__name__}: {error}") from error
     print(f"{_table(found)}\n")
-    own = f"your {type(pipe.scheduler).__name__}"
-    better = [f"{each.ratio:.2f}x its error in {each.num_steps} steps" for each in found if each.is_better]
-    if better:
-        print(f"Better than {own}: {', '.join(better)}, on {len(calls)} noises.")
+    own, samples = f"your {type(pipe.scheduler).__name__}", len(calls)
+    for each in found:
+        best = f"the best of diffusers ({each.best_name})"
+        beside = (
+            f"{each.ratio:.2f}x the error of {own} and {each.ratio_to_best:.2f}x that of {best}, on {samples} noises"
+        )
+        if each.is_better:
+            print(f"{each.num_steps} steps: use it: {beside}.")
+        elif each.ratio_to_best < 1 and each.ratio < 1:
+            print(f"{each.num_steps} steps: perhaps better, not beyond chance: {beside}.")
+        else:
+            nearer = best if each.ratio_to_best >= each.ratio else own
+            print(f"{each.num_steps} steps: keep {nearer}: {beside}.")
     others = [str(each.num_steps) for each in found if not each.is_better]
     if others:
-        print(
-            f"Not better than {own} in {', '.join(others)} steps: keep yours there, or search for this pipeline with"
-        )
-        print(f"  {_search_command(options, others)}")
+        print(f"Search for this pipeline with\n  {_search_command(options, others)}")
     return 1 if others else 0
 
 
@@ -88,17 +96,17 @@ def _table(found: Sequence[Comparison]) -> str:
     """Errors as root mean square, least and greatest; the same of ratios."""
     lines = [
         f"Distance to the end of {REFERENCE_STEPS} classical steps, over all noises and for the best and the worst",
-        f"steps  {'searched solver':26}{'your scheduler':26}{'ratio':20}searched is nearer",
+        f"steps  {'searched solver':26}{'your scheduler':26}{'best of diffusers':26}{'ratio to yours':20}nearer",
     ]
     for each in found:
         with np.errstate(all="ignore"):
             ratios = each.searched / each.own
-        searched, theirs = (
+        searched, theirs, best = (
             f"{np.sqrt(np.mean(errors**2)):.4f} ({errors.min():.4f}, {errors.max():.4f})"
-            for errors in (each.searched, each.own)
+            for errors in (each.searched, each.own, each.best)
         )
         ratio = f"{each.ratio:.2f} ({ratios.min():.2f}, {ratios.max():.2f})"
-        lines.append(f"{each.num_steps:5}  {searched:26}{theirs:26}{ratio:20}{each.wins} of {len(ratios)}")
+        lines.append(f"{each.num_steps:5}  {searched:26}{theirs:26}{best:26}{ratio:20}{each.wins} of {len(ratios)}")
     return "\n".join(lines)
 
 
