@@ -55,7 +55,7 @@ def heading(pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Se
     return Report(
         pipeline=settings.pipeline,
         pipeline_class=type(pipe).__name__,
-        base_model=hub_repository(settings.pipeline),
+        base_model=settings.base_model or hub_repository(settings.pipeline),
         license=settings.license,
         # Media as the paths that were given.
         example={**conditions[0], **{k: v for k, v in settings.call_kwargs.items() if isinstance(v, str)}},

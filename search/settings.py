@@ -133,6 +133,9 @@ class Settings:
     push_to_hub: str | None = option(
         None, "upload the solver, its model card and the report to ORG/NAME when finished"
     )
+    base_model: str | None = option(
+        None, "the Hub repository of the pipeline, as the model card names it", "--pipeline, if that is one"
+    )
     license: str = option("apache-2.0", "of the solver, as the Hub names licences")
 
     def __post_init__(self):

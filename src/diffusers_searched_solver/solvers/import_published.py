@@ -1,7 +1,8 @@
 """
 Turn the paper's published tables into the solver files that ship with the package.
 
-    python -m search.import_published tests/fixtures/paper_tables.json src/diffusers_searched_solver/solvers
+    cd src/diffusers_searched_solver/solvers
+    python import_published.py ../../../tests/fixtures/paper_tables.json .
 
 The tables are rounded to four decimals, so their step sizes sum to 0.9999 to 1.0002. They are divided by that sum, so
 that the nodes end exactly where the process ends. The diagonal, 1 minus the sum of the row, is filled in.
