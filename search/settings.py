@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import LoggerType
 from huggingface_hub import cached_assets_path
 
-from .fit.strategy import BASE_CALLS, CALLS_PER_SQUARED_STEP
+from .fit.strategy import BASE_CALLS, CALLS_PER_CUBED_STEP
 from .gradient.recipe import PAPER_RECIPE
 from .measure.feature_network import INCEPTION
 from .measure.image_metrics import ImageSettings
@@ -110,7 +110,7 @@ class Settings:
         None,
         "network calls for each step count N, guidance and teacher included: they decide how many noises, starts and "
         "iterations there are",
-        f"{BASE_CALLS:,} + {CALLS_PER_SQUARED_STEP} N^2 for each guidance scale; twice that where a few noises are "
+        f"{BASE_CALLS:,} + {CALLS_PER_CUBED_STEP} N^3 for each guidance scale; twice that where a few noises are "
         "much harder than others",
     )
     start_solver: str | None = option(None, "race this one too: a folder, a bundled solver or a Hub repository")

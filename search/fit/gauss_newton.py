@@ -18,8 +18,10 @@ from .parameters import Entry, SolverFamily
 DAMPING, CAUTIOUS_DAMPING = 1e-2, 5e-2
 LEAST_DAMPING = 1e-8
 # Steps tried on one Jacobian at most, and the gain under which a new one is worth more than another step.
-MAX_TRIALS = 5
+MAX_TRIALS = 8
 MIN_GAIN = 0.03
+# Shares of the promised gain from which on the next step is damped less, and under which it is damped more.
+GOOD, POOR = 0.7, 0.25
 # Of the change of a difference quotient.
 MAX_HALVINGS = 40
 # Columns of J smaller than this share of the largest are rounding.
@@ -84,10 +86,13 @@ def gauss_newton_iteration(
         return Fitted(vector, 1.0)
     best = np.inf if judge is None else judge(model.solver)
     for _ in range(MAX_TRIALS):
-        step = family.confined(model.vector, model.damped_step(damping))
+        step = model.damped_step(damping)
         judged = _judged(family, model.vector + step, judge)
         gain = model.try_step(step) if judged < best else -np.inf
-        damping = 4 * damping if gain <= 0 else max(damping / 4, LEAST_DAMPING)
+        if gain > GOOD * model.promised:
+            damping = max(damping / 4, LEAST_DAMPING)
+        elif gain < POOR * model.promised:
+            damping *= 4
         if gain > 0 and judge is not None:
             best = judged
         if 0 < gain < MIN_GAIN:
@@ -147,9 +152,9 @@ class _LinearModel:
         return loss if np.isfinite(loss) else np.inf
 
     def damped_step(self, damping: float) -> np.ndarray:
-        """The Levenberg-Marquardt step, zero where J has no usable column."""
+        """The Levenberg-Marquardt step within the family's limits, zero where J has no usable column."""
         products = [self._products(*each) for each in zip(self.residuals, self.jacobians, self.known, strict=True)]
-        normal, gradient = (sum(each) for each in zip(*gather(self.train, products), strict=True))
+        normal, gradient, squares = (sum(each) for each in zip(*gather(self.train, products), strict=True))
         if not (np.isfinite(normal).all() and np.isfinite(gradient).all()):
             raise ValueError(
                 f"A solver of {self.family.num_steps} steps, or one that differs from it a little, does not end at "
@@ -159,17 +164,23 @@ class _LinearModel:
         step, diagonal = np.zeros(len(self.vector)), np.diag(normal)
         self._metric = np.maximum(diagonal, USABLE * diagonal.max())
         if diagonal.max() > 0:
-            step[self.parameters] = -np.linalg.solve(normal + damping * np.diag(self._metric), gradient)
+            limits = self.family.limits[self.parameters]
+            taken = confined_step(normal + damping * np.diag(self._metric), gradient, limits)
+            step[self.parameters] = taken
+            self.promised = -float(2 * gradient @ taken + taken @ normal @ taken) / squares
         return step
 
-    def _products(self, r: torch.Tensor, jacobian: torch.Tensor, known: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """J^T W J and J^T W r of one batch, sample by sample: only one sample's J is ever held in float64."""
-        normal, gradient = 0.0, 0.0
+    def _products(
+        self, r: torch.Tensor, jacobian: torch.Tensor, known: torch.Tensor
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """J^T W J, J^T W r and r^T W r of one batch: only one sample's J is ever held in float64."""
+        normal, gradient, squares = 0.0, 0.0, 0.0
         for k, error in enumerate(known.tolist()):
             columns = jacobian[:, k].double()
             normal = normal + columns @ columns.T / error
             gradient = gradient + columns @ r[k].double() / error
-        return normal.cpu().numpy(), gradient.cpu().numpy()
+            squares += float(r[k].double().square().sum()) / error
+        return normal.cpu().numpy(), gradient.cpu().numpy(), squares
 
     def try_step(self, step: np.ndarray) -> float:
         """
@@ -199,6 +210,23 @@ class _LinearModel:
         for old, new, jacobian in zip(self.residuals, residuals, self.jacobians, strict=True):
             surprise = new - old - torch.einsum("p,pbd->bd", torch.from_numpy(step).to(jacobian), jacobian)
             jacobian += torch.from_numpy(dual).to(jacobian)[:, None, None] * surprise
+
+
+def confined_step(matrix: np.ndarray, gradient: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """
+    -matrix^-1 gradient, but where a number of it would be beyond its limit, that stays there and the others are what
+    is best then. Were the whole step shortened instead, one number that hardly matters could stop all others.
+    """
+    step, free = np.zeros_like(gradient), np.ones(len(gradient), dtype=bool)
+    while free.any():
+        pull = gradient[free] + matrix[np.ix_(free, ~free)] @ step[~free]
+        step[free] = -np.linalg.solve(matrix[np.ix_(free, free)], pull)
+        beyond = free & (np.abs(step) > limits)
+        if not beyond.any():
+            break
+        step[beyond] = np.sign(step[beyond]) * limits[beyond]
+        free &= ~beyond
+    return step
 
 
 def _residuals(ends: Sequence[torch.Tensor], batches: Sequence[Batch]) -> list[torch.Tensor]:

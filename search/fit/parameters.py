@@ -113,12 +113,12 @@ class SolverFamily:
         jacobian[k + n :, k + n + 1 :] = np.eye(n)
         return jacobian
 
-    def confined(self, vector: np.ndarray, step: np.ndarray) -> np.ndarray:
-        """The step, shortened so far that the linear model around `vector` is still worth something at its end."""
-        d, z, o = self._split(np.abs(step))
-        gap = self.process.max_timestep / (self.num_steps + 1)
-        excess = max(d.max() / MAX_CORRECTION, np.ptp(z) / np.log(MAX_STRETCH), o.max() / (MAX_OFFSET * gap))
-        return step / max(excess, 1.0)
+    @property
+    def limits(self) -> np.ndarray:
+        """How far a step may move each number of a vector: beyond, a linear model is worth nothing."""
+        offset = MAX_OFFSET * self.process.max_timestep / (self.num_steps + 1)
+        counts = len(self.rows), self.num_steps + 1, self.num_steps
+        return np.repeat([MAX_CORRECTION, np.log(MAX_STRETCH) / 2, offset], counts)
 
     def solver(self, entries: np.ndarray) -> SearchedSolver:
         """

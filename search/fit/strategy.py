@@ -26,9 +26,9 @@ from .parameters import FRAME, ORDER, SolverFamily
 from .problem import Problem, search_problem
 
 
-# Network calls of a search, and what more for each step of the solver times their number: a Jacobian has about as many
-# columns as there are steps squared.
-BASE_CALLS, CALLS_PER_SQUARED_STEP = 5_700, 180
+# Network calls of a search, and how many more for the cubed number of steps: a Jacobian has about half as many columns
+# as there are steps squared, and each is a part of a run.
+BASE_CALLS, CALLS_PER_CUBED_STEP = 8_500, 17
 # Noises of the stages, each at the end of a portion: node times, everything at first, everything from then on. Twice
 # as many, and calls, where a few noises are much harder than others, and for every guidance scale.
 TIMES_NOISES, FIRST_NOISES, LATER_NOISES = 4, 8, 16
@@ -188,7 +188,7 @@ def default_calls(problem: Problem, num_steps: int) -> int:
 
 def usual_calls(num_steps: int) -> int:
     """Network calls at one guidance scale, where no noises are much harder than others."""
-    return BASE_CALLS + CALLS_PER_SQUARED_STEP * num_steps**2
+    return BASE_CALLS + CALLS_PER_CUBED_STEP * num_steps**3
 
 
 def shared_evaluations(teacher_steps: int) -> int:
@@ -459,8 +459,9 @@ class _Fit:
         best take one, on the same noises; in the next there is one of them less.
         """
         best, racing = min([self.known, *contenders], key=self._rank), list(contenders)
-        start, stop = 0, self._enough(FIRST_NOISES)
-        while stop := self._affordable(start, stop):
+        start, stop, fitted = 0, self._enough(FIRST_NOISES), 0
+        while window := self._affordable(start, stop, fitted):
+            start, stop = window
             racing = sorted(racing, key=self._rank)
             racing = [each for each in racing if self._rank(each) <= CLOSE * self._rank(racing[0])]
             moved, losses = [], []
@@ -473,7 +474,7 @@ class _Fit:
                 best = min(best, improved, key=self._rank)
                 yield self._found(best, f"everything, {stop - start} noises")
             racing = sorted(moved, key=self._rank)[: max(1, len(racing) - 1)]
-            start, stop = self._next(start, stop, losses[0])
+            start, stop, fitted = *self._next(start, stop, losses[0]), stop
         return best
 
     def _next(self, start: int, stop: int, fitted: tuple[float, float]) -> tuple[int, int]:
@@ -489,14 +490,21 @@ class _Fit:
         fits_only = rank > 1 - (1 - np.sqrt(loss)) / 2
         return stop, portion_end(stop + (2 if fits_only else 1) * (stop - start))
 
-    def _affordable(self, start: int, stop: int) -> int:
-        """Where the noises of the next round may end: at `stop`, or before it; 0 if there are calls for too few."""
+    def _affordable(self, start: int, stop: int, fitted: int) -> tuple[int, int] | None:
+        """
+        The noises of the next round, or fewer of them, if there are calls for some. Some are always fresh, so that no
+        round repeats another: first those go that have been fitted before, then the last.
+
+        Args:
+            start, stop (`int`): Of the next round.
+            fitted (`int`): How many have been fitted so far.
+        """
         while stop - start >= FIRST_NOISES:
             made = max(0, stop - self.problem.train.made)
             if self._iteration(stop - start) + made * self.problem.teacher_steps <= self.left:
-                return stop
-            stop -= FIRST_NOISES
-        return 0
+                return start, stop
+            start, stop = (fitted, stop) if start < fitted else (start, stop - FIRST_NOISES)
+        return None
 
     def _decided(self, best: Contender) -> Outcome:
         """The outcome, with as many noises that judge as it takes to tell the best from the best that was known."""
