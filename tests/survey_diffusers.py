@@ -99,7 +99,7 @@ def _compare(pipe, inputs: Mapping) -> tuple[str, str]:
     calls = NetworkCalls(pipe)
     said: dict[int, list[torch.Tensor]] = {}
     for batch in make_batches(pipe, conditions, SEEDS, len(SEEDS), TEACHER_STEPS, calls):
-        ends = [rollout(batch.field, solver).end for solver in solvers]
+        ends = [rollout(batch.field, solver) for solver in solvers]
         for k, seed in enumerate(batch.field.seeds):
             said[seed] = [end[k :: len(batch.field.seeds)] for end in ends]
         batch.field.close()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from diffusers_searched_solver import FlowMatching, SearchedSolver, SearchedSolverScheduler, VariancePreserving
 from diffusers_searched_solver.process import PREDICTION_TYPES, convert_prediction
-from search.pipeline.rollout import rollout
+from search.pipeline.rollout import recorded_run
 
 
 # Seeded by the test's name, so that a run of the suite can be repeated.
@@ -173,7 +173,7 @@ def test_the_search_s_rollout_and_the_scheduler_make_the_same_run_bit_for_bit(ma
     states = [x]
     for t in scheduler.timesteps:
         states.append(scheduler.step(network(states[-1], t), t, states[-1], return_dict=False)[0])
-    for ours, theirs in zip(states, rollout(field, solver).states, strict=True):
+    for ours, theirs in zip(states, recorded_run(field, solver).states, strict=True):
         assert torch.equal(ours, theirs)
 
 

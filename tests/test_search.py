@@ -24,7 +24,7 @@ from search.fit.strategy import default_calls, usual_calls
 from search.known.contest import Contest
 from search.pipeline.field import NetworkCalls, PipelineField
 from search.pipeline.loading import load_pipeline
-from search.pipeline.rollout import Run, endpoint_errors, rollout, root_mean_square
+from search.pipeline.rollout import Run, endpoint_errors, recorded_run, rollout, root_mean_square
 from search.teacher.batches import make_batches
 from search.teacher.splits import EVALUATION_SEEDS, split_seeds
 
@@ -65,10 +65,10 @@ def test_samples_do_not_depend_on_how_they_are_batched(pipe, calls):
 def test_a_run_that_goes_on_from_a_prefix_is_the_whole_run(pipe, calls):
     field = PipelineField(pipe, {"class_labels": [1, 7]}, [0, 1], calls)
     solver = teacher_solver(field.process, 6)
-    run = rollout(field, solver)
+    run = recorded_run(field, solver)
     before = calls.count
     branch = rollout(field, solver, Run(run.states[:4], run.history[:4]))
-    assert torch.equal(branch.end, run.end)
+    assert torch.equal(branch, run.end)
     # Two steps are left, of two samples, with guidance.
     assert calls.count - before == 2 * 2 * 2
 

@@ -1,5 +1,6 @@
 """Damped Gauss-Newton on the end-point error, from forward evaluations alone."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from diffusers_searched_solver import SearchedSolver
 
 from ..launch.processes import gather
-from ..pipeline.rollout import Batch, Run, rollout
+from ..pipeline.rollout import Batch, Run, mean_squares, recorded_run, rollout
 from .parameters import Entry, SolverFamily
 
 
@@ -24,6 +25,8 @@ MIN_GAIN = 0.03
 GOOD, POOR = 0.7, 0.25
 # Of the change of a difference quotient.
 MAX_HALVINGS = 40
+# Elements of a sample that derivatives are of: a hundred numbers are determined by as many residuals many times over.
+MOST_ELEMENTS = 2**16
 # Columns of J smaller than this share of the largest are rounding.
 USABLE = 1e-9
 Judge = Callable[[SearchedSolver], float]
@@ -50,6 +53,7 @@ def gauss_newton_iteration(
     known: Sequence[torch.Tensor],
     times_only: bool = False,
     judge: Judge | None = None,
+    max_trials: int = MAX_TRIALS,
 ) -> Fitted:
     """
     Take one Jacobian of the end-point error and as many steps as it is good for.
@@ -69,6 +73,7 @@ def gauss_newton_iteration(
         known: e_known of every sample of each batch.
         times_only (`bool`): Whether only the node times are searched.
         judge (*optional*): The score of a solver on other samples, which has to fall with the loss at every step.
+        max_trials (`int`): Steps that are tried at most.
 
     Returns:
         `Fitted`: The vector of the smallest loss; the one where it began if no step is any good.
@@ -85,14 +90,15 @@ def gauss_newton_iteration(
     if first_loss == 0 or not len(model.parameters):
         return Fitted(vector, 1.0)
     best = np.inf if judge is None else judge(model.solver)
-    for _ in range(MAX_TRIALS):
-        step = model.damped_step(damping)
+    reach = 1.0
+    for _ in range(max_trials):
+        step = model.damped_step(damping, reach)
         judged = _judged(family, model.vector + step, judge)
         gain = model.try_step(step) if judged < best else -np.inf
         if gain > GOOD * model.promised:
-            damping = max(damping / 4, LEAST_DAMPING)
+            damping, reach = max(damping / 4, LEAST_DAMPING), min(2 * reach, 1.0)
         elif gain < POOR * model.promised:
-            damping *= 4
+            damping, reach = 4 * damping, reach / 2
         if gain > 0 and judge is not None:
             best = judged
         if 0 < gain < MIN_GAIN:
@@ -117,9 +123,10 @@ class _LinearModel:
     Attributes:
         vector: Where r was taken; moves with every successful `try_step`.
         parameters: Which of its numbers J has columns of.
-        residuals: r, one tensor (batch, elements of a sample) per batch.
-        jacobians: J, one tensor (parameters, batch, elements) per batch.
-        loss (`float`): Of r.
+        residuals: r at up to `MOST_ELEMENTS` of a sample's elements, one tensor (batch, elements) per batch.
+        jacobians: J at the same, one tensor (parameters, batch, elements) per batch; both on the CPU.
+        loss (`float`): Of all elements.
+        promised (`float`): By which share the loss would fall at the last `damped_step` if J were right.
     """
 
     def __init__(
@@ -137,22 +144,22 @@ class _LinearModel:
         self.parameters = np.flatnonzero(chain.any(0))
         chain = torch.from_numpy(chain[:, self.parameters])
         self.solver = family.solver(entries)
-        ends, self.jacobians = [], []
+        self.jacobians, self.promised, seen = [], 0.0, []
         for batch in train:
-            run = rollout(batch.field, self.solver)
+            run = recorded_run(batch.field, self.solver)
             columns = torch.stack([_difference_quotient(family, entries, entry, batch, run) for entry in searched])
             self.jacobians.append(torch.einsum("ep,ebd->pbd", chain.to(columns), columns))
-            ends.append(run.end)
-        self.residuals = _residuals(ends, train)
-        self.loss = self._loss(self.residuals)
+            seen.append(_residual(run.end, batch))
+        self.residuals, self.loss = self._weighed(seen)
 
-    def _loss(self, residuals: list[torch.Tensor]) -> float:
-        squares = [_mean_squares(r).cpu() / e for r, e in zip(residuals, self.known, strict=True)]
+    def _weighed(self, seen: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[list[torch.Tensor], float]:
+        """Residuals of the batches, and the loss."""
+        squares = [of_samples / e for (_, of_samples), e in zip(seen, self.known, strict=True)]
         loss = float(torch.cat(gather(self.train, squares)).mean())
-        return loss if np.isfinite(loss) else np.inf
+        return [residual for residual, _ in seen], loss if np.isfinite(loss) else np.inf
 
-    def damped_step(self, damping: float) -> np.ndarray:
-        """The Levenberg-Marquardt step within the family's limits, zero where J has no usable column."""
+    def damped_step(self, damping: float, reach: float) -> np.ndarray:
+        """The Levenberg-Marquardt step within a share of the family's limits, zero where J has no usable column."""
         products = [self._products(*each) for each in zip(self.residuals, self.jacobians, self.known, strict=True)]
         normal, gradient, squares = (sum(each) for each in zip(*gather(self.train, products), strict=True))
         if not (np.isfinite(normal).all() and np.isfinite(gradient).all()):
@@ -164,7 +171,7 @@ class _LinearModel:
         step, diagonal = np.zeros(len(self.vector)), np.diag(normal)
         self._metric = np.maximum(diagonal, USABLE * diagonal.max())
         if diagonal.max() > 0:
-            limits = self.family.limits[self.parameters]
+            limits = reach * self.family.limits[self.parameters]
             taken = confined_step(normal + damping * np.diag(self._metric), gradient, limits)
             step[self.parameters] = taken
             self.promised = -float(2 * gradient @ taken + taken @ normal @ taken) / squares
@@ -180,7 +187,7 @@ class _LinearModel:
             normal = normal + columns @ columns.T / error
             gradient = gradient + columns @ r[k].double() / error
             squares += float(r[k].double().square().sum()) / error
-        return normal.cpu().numpy(), gradient.cpu().numpy(), squares
+        return normal.numpy(), gradient.numpy(), squares
 
     def try_step(self, step: np.ndarray) -> float:
         """
@@ -194,8 +201,7 @@ class _LinearModel:
             solver = self.family.solver(self.family.entries(vector))
         except ValueError:
             return -np.inf
-        residuals = _residuals([rollout(batch.field, solver).end for batch in self.train], self.train)
-        loss = self._loss(residuals)
+        residuals, loss = self._weighed([_residual(rollout(batch.field, solver), batch) for batch in self.train])
         if loss == np.inf or not step.any():
             return -np.inf
         self._broyden_update(step[self.parameters], residuals)
@@ -229,22 +235,33 @@ def confined_step(matrix: np.ndarray, gradient: np.ndarray, limits: np.ndarray) 
     return step
 
 
-def _residuals(ends: Sequence[torch.Tensor], batches: Sequence[Batch]) -> list[torch.Tensor]:
-    return [(end - batch.target).flatten(1) for end, batch in zip(ends, batches, strict=True)]
-
-
-def _mean_squares(residuals: torch.Tensor) -> torch.Tensor:
-    """e^2 of each sample, float64."""
-    return residuals.double().square().mean(1)
+def _residual(end: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """r at the elements that derivatives are of, shape (batch, elements), and e^2 of each sample, of all elements."""
+    residual = end.cpu() - batch.target
+    return _some_elements(residual), mean_squares(residual)
 
 
 def _difference_quotient(
     family: SolverFamily, entries: np.ndarray, entry: Entry, batch: Batch, run: Run
 ) -> torch.Tensor:
-    """d x_N / d entry, shape (batch, elements of a sample)."""
+    """d x_N / d entry, shape (batch, elements)."""
     solver, change = _neighbour(family, entries, entry)
     branch = Run(run.states[: entry.step + 1], run.history[: entry.known])
-    return ((rollout(batch.field, solver, branch).end - run.end) / change).flatten(1)
+    return _some_elements((rollout(batch.field, solver, branch) - run.end) / change)
+
+
+def _some_elements(states: torch.Tensor) -> torch.Tensor:
+    """At most `MOST_ELEMENTS` of each sample, always the same ones, shape (batch, elements), on the CPU."""
+    rows = states.flatten(1)
+    if rows.shape[1] > MOST_ELEMENTS:
+        rows = rows[:, _chosen(rows.shape[1], MOST_ELEMENTS).to(rows.device)]
+    return rows.cpu()
+
+
+@functools.cache
+def _chosen(elements: int, count: int) -> torch.Tensor:
+    """As many places of so many, spread at random."""
+    return torch.randperm(elements, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
 def _neighbour(family: SolverFamily, entries: np.ndarray, entry: Entry) -> tuple[SearchedSolver, float]:

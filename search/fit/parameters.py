@@ -18,7 +18,7 @@ MARGIN = 0.02
 GAP_SHARE = 0.1
 # Where the linear model is worth something: a step moves no gap by more than this factor, no network time by more than
 # this share of a gap and no coefficient by more than this.
-MAX_STRETCH, MAX_OFFSET, MAX_CORRECTION = 20.0, 2.0, 10.0
+MAX_STRETCH, MAX_OFFSET, MAX_CORRECTION = 5.0, 2.0, 10.0
 # A difference quotient is best when a change grows with the square root of the rounding error. Up to this one, the
 # changes below are large enough; more than this many times as large, nodes would meet.
 EXACT, LARGEST_FACTOR = 1e-4, 10.0

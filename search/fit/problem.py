@@ -204,8 +204,8 @@ def _disagreements(
     def distances(samples: Samples, index: tuple[int, ...]) -> list[tuple[int, float]]:
         field = PipelineField(pipe, merged(samples), [each for _, each in samples], calls)
         shared = FirstPredictions(field)
-        ends = (rollout(field, solver, shared.beginning(solver)).end for solver in solvers)
-        found = sample_errors(*ends).cpu().tolist()
+        ends = (rollout(field, solver, shared.beginning(solver)) for solver in solvers)
+        found = sample_errors(next(ends), next(ends)).tolist()
         field.close()
         # Pipelines with guidance may have every sample twice.
         return list(zip(field.seeds, found, strict=False))
@@ -240,12 +240,12 @@ def _calls_per_evaluation(train: Noises, calls: NetworkCalls) -> int:
 
 
 def _ends(train: Noises, solver: SearchedSolver) -> list[torch.Tensor]:
-    return [rollout(batch.field, solver).end for batch in train.between(0, TEACHER_NOISES)]
+    return [rollout(batch.field, solver) for batch in train.between(0, TEACHER_NOISES)]
 
 
 def _distance(train: Noises, ends: Sequence[torch.Tensor]) -> float:
     batches = train.between(0, TEACHER_NOISES)
-    errors = [sample_errors(end, batch.target).cpu() for end, batch in zip(ends, batches, strict=True)]
+    errors = [sample_errors(end, batch.target) for end, batch in zip(ends, batches, strict=True)]
     return root_mean_square(torch.cat(gather(batches, errors)))
 
 

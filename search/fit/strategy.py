@@ -21,7 +21,7 @@ from ..pipeline.rollout import Batch, endpoint_errors, rollout, sample_errors
 from ..teacher.admission import admit
 from ..teacher.batches import BATCH_SIZE, TEACHER_STEPS
 from ..teacher.noises import Weights, portion_end
-from .gauss_newton import gauss_newton_iteration
+from .gauss_newton import MAX_TRIALS, gauss_newton_iteration
 from .parameters import FRAME, ORDER, SolverFamily
 from .problem import Problem, search_problem
 
@@ -40,8 +40,8 @@ CLOSE = 1.6
 LEAST_KNOWN = 0.01
 # Residuals that there are at least for the squared number of steps, about as many as numbers of a table.
 RESIDUALS = 4
-# Trials that an iteration usually makes.
-USUAL_TRIALS = 3
+# Trials that an iteration makes at least, and more where there are calls for them; those of one over node times.
+LEAST_TRIALS, TIMES_TRIALS = 3, 5
 
 
 @dataclass(frozen=True)
@@ -331,13 +331,17 @@ class _Fit:
         return (self.max_calls - spent) / self.problem.calls_per_evaluation
 
     def _iteration(self, noises: int, times_only: bool = False) -> int:
-        """Evaluations of an iteration, and of judging it."""
+        """Evaluations of an iteration that makes the least trials, and of judging it."""
         n = self.num_steps
         family = make_family(self.problem, self.tables[0].solver)
         columns = sum(n - entry.known for entry in family.searched(family.entries(family.start), times_only))
-        runs = 2 + USUAL_TRIALS
-        judged = 1 + (USUAL_TRIALS + 1) / 2 if self.problem.heavy else 1
-        return int(noises * (columns + runs * n) + (0 if times_only else judged * self.num_judges * n))
+        judged = 0 if times_only else (1.5 if self.problem.heavy else 1) * self.num_judges
+        return int(noises * (columns + 2 * n) + judged * n) + LEAST_TRIALS * self._trial(noises, times_only)
+
+    def _trial(self, noises: int, times_only: bool = False) -> int:
+        """Evaluations of a step that is tried: where steps are judged, half of the noises that judge do so."""
+        judged = self.num_judges // 2 if self.problem.heavy and not times_only else 0
+        return self.num_steps * (noises + judged)
 
     def run(self) -> Iterator[Outcome]:
         """Search."""
@@ -413,11 +417,15 @@ class _Fit:
         """A contender after one iteration on some noises, and the share of the loss that is left on them."""
         batches, weights = self.problem.train.between(start, stop), self.problem.train.weights(start, stop)
         judge = None if times_only else self._judge_of_steps()
+        noises = stop - start
+        spare = max(0, self.left - self._iteration(noises)) // self._trial(noises)
+        trials = TIMES_TRIALS if times_only else int(min(LEAST_TRIALS + spare, MAX_TRIALS))
 
         def compute() -> dict:
             known = self._known_errors(batches, weights)
+            settings = contender.family, contender.vector, batches, known, times_only, judge, trials
             try:
-                fitted = gauss_newton_iteration(contender.family, contender.vector, batches, known, times_only, judge)
+                fitted = gauss_newton_iteration(*settings)
             except ValueError as error:
                 # The solver differs so little from one without finite ends that it is none itself.
                 return {"error": str(error)}
@@ -436,7 +444,7 @@ class _Fit:
     def _known_errors(self, batches: Sequence[Batch], weights: Weights) -> list[torch.Tensor]:
         """The best known solver's error on every sample of each batch, over what the sample weighs."""
         least, solver = LEAST_KNOWN * self.known.error, self.known.solver
-        errors = [sample_errors(rollout(batch.field, solver).end, batch.target).cpu() for batch in batches]
+        errors = [sample_errors(rollout(batch.field, solver), batch.target) for batch in batches]
         errors = [each.nan_to_num(np.inf, posinf=np.inf).clamp(max(least, 1e-12)) for each in errors]
         return [each / weights.of(batch) for each, batch in zip(errors, batches, strict=True)]
 
@@ -459,8 +467,8 @@ class _Fit:
         best take one, on the same noises; in the next there is one of them less.
         """
         best, racing = min([self.known, *contenders], key=self._rank), list(contenders)
-        start, stop, fitted = 0, self._enough(FIRST_NOISES), 0
-        while window := self._affordable(start, stop, fitted):
+        window, repeated = self._affordable(_shorter(0, self._enough(FIRST_NOISES))), False
+        while window:
             start, stop = window
             racing = sorted(racing, key=self._rank)
             racing = [each for each in racing if self._rank(each) <= CLOSE * self._rank(racing[0])]
@@ -474,36 +482,31 @@ class _Fit:
                 best = min(best, improved, key=self._rank)
                 yield self._found(best, f"everything, {stop - start} noises")
             racing = sorted(moved, key=self._rank)[: max(1, len(racing) - 1)]
-            start, stop, fitted = *self._next(start, stop, losses[0]), stop
+            # Twice on the same noises is the last resort.
+            before, window = window, None if repeated else self._affordable(self._next(start, stop, losses[0]))
+            repeated = window == before
         return best
 
-    def _next(self, start: int, stop: int, fitted: tuple[float, float]) -> tuple[int, int]:
+    def _next(self, start: int, stop: int, fitted: tuple[float, float]) -> list[tuple[int, int]]:
         """
-        The noises of the next round: at first all from the beginning, then fresh ones, and twice as many where half of
-        what was gained on those that were fitted does not show on those that judge.
+        The noises that the next round may be on, the best ones first: at first all from the beginning, then fresh
+        ones, and twice as many where half of what was gained on those that were fitted does not show on those that
+        judge; or else fewer, or the same again.
         """
-        size = self._enough(LATER_NOISES)
-        if stop < size:
-            return 0, size
         loss, rank = fitted
         # The loss is of squares.
         fits_only = rank > 1 - (1 - np.sqrt(loss)) / 2
-        return stop, portion_end(stop + (2 if fits_only else 1) * (stop - start))
+        size = self._enough(LATER_NOISES)
+        first = [(0, size)] if stop < size else []
+        end = size if first else portion_end(stop + (2 if fits_only else 1) * (stop - start))
+        return [*first, *_shorter(stop, end), (start, stop)]
 
-    def _affordable(self, start: int, stop: int, fitted: int) -> tuple[int, int] | None:
-        """
-        The noises of the next round, or fewer of them, if there are calls for some. Some are always fresh, so that no
-        round repeats another: first those go that have been fitted before, then the last.
-
-        Args:
-            start, stop (`int`): Of the next round.
-            fitted (`int`): How many have been fitted so far.
-        """
-        while stop - start >= FIRST_NOISES:
+    def _affordable(self, windows: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+        """The first of these that there are calls for."""
+        for start, stop in windows:
             made = max(0, stop - self.problem.train.made)
             if self._iteration(stop - start) + made * self.problem.teacher_steps <= self.left:
                 return start, stop
-            start, stop = (fitted, stop) if start < fitted else (start, stop - FIRST_NOISES)
         return None
 
     def _decided(self, best: Contender) -> Outcome:
@@ -518,6 +521,11 @@ class _Fit:
                 self._judged(each.name, each.solver, each.family, each.vector) for each in (best, self.known)
             )
         return self._found(best, "decided")
+
+
+def _shorter(start: int, stop: int) -> list[tuple[int, int]]:
+    """Noises from one number to another, or to an earlier one."""
+    return [(start, end) for end in range(stop, start, -FIRST_NOISES)]
 
 
 def _best_of_kinds(standings: Sequence[Standing], count: int) -> list[KnownTable]:

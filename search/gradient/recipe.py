@@ -35,7 +35,7 @@ from diffusers_searched_solver.solver import tensor_step
 
 from ..launch.processes import gather, share
 from ..pipeline.field import PipelineField
-from ..pipeline.rollout import rollout
+from ..pipeline.rollout import recorded_run
 from .consistent_family import ConsistentFamily
 from .differentiable_network import DifferentiableNetwork
 
@@ -215,7 +215,7 @@ def trajectory_loss(
         `torch.Tensor`, 0-dimensional: With a graph if the vector has one.
     """
     with torch.no_grad():
-        states = rollout(field, teacher).states
+        states = recorded_run(field, teacher).states
     x = field.noise.to(torch.promote_types(field.noise.dtype, torch.float32))
     timesteps = family.timesteps(vector)
     table = family.table(vector, field.prediction_type).to(x.dtype).to(x.device)

@@ -61,6 +61,9 @@ def race(
 
     Returns:
         `list[Standing]`: The best of them first.
+
+    Raises:
+        ValueError: If what is remembered is of other tables.
     """
     nothing = torch.zeros(0, dtype=torch.float64)
     standings = [Standing(table, nothing, nothing) for table in tables]
@@ -72,14 +75,27 @@ def race(
         for kind in (True, False):
             of_kind = [standing for standing in standings if standing.table.from_diffusers == kind]
             racing += of_kind[: max(LEAST, math.ceil(share * len(of_kind)))]
-        batches, solvers = noises.between(before, count), [standing.table.solver for standing in racing]
-        rows = remember(lambda batches=batches, solvers=solvers: table_errors(batches, solvers).tolist())
+        rows = remembered_errors(noises.between(before, count), [standing.table for standing in racing], remember)
         weights = gathered_weights(noises, 0, count)
         for standing, row in zip(racing, rows, strict=True):
             errors = torch.cat([standing.errors, torch.tensor(row, dtype=torch.float64)])
             standings[standings.index(standing)] = Standing(standing.table, errors, weights)
         before = count
     return sorted(standings, key=lambda standing: standing.rank)
+
+
+def remembered_errors(batches: Sequence[Batch], tables: Sequence[KnownTable], remember: Callable) -> list[list[float]]:
+    """The errors of tables on some noises, as they were remembered or are measured."""
+    names, solvers = [str(table) for table in tables], [table.solver for table in tables]
+    found = remember(lambda: {"tables": names, "errors": table_errors(batches, solvers).tolist()})
+    if found["tables"] != names:
+        other = sorted({*found["tables"]} ^ {*names}) or ["the same ones in another order"]
+        raise ValueError(
+            f"The search was begun with {len(found['tables'])} known solvers in this round of the race, now there are "
+            f"{len(names)}; they differ in: {'; '.join(other[:4])}. Go on with the versions of this package and of "
+            "diffusers that began it, or choose another --output-dir."
+        )
+    return found["errors"]
 
 
 def race_evaluations(num_tables: int, num_steps: int) -> int:
@@ -112,34 +128,41 @@ def table_errors(batches: Sequence[Batch], solvers: Sequence[SearchedSolver]) ->
 
 def race_errors(batch: Batch, solvers: Sequence[SearchedSolver]) -> torch.Tensor:
     """The error of every solver on every row of a batch, on the CPU; predictions that solvers share are made once."""
-    shared = FirstPredictions(batch.field)
-    ends = (rollout(batch.field, solver, shared.beginning(solver)).end for solver in solvers)
-    return torch.stack([sample_errors(end, batch.target).cpu() for end in ends])
+    shared, errors = FirstPredictions(batch.field), {}
+    for k in sorted(range(len(solvers)), key=lambda k: shared.key(solvers[k])):
+        end = rollout(batch.field, solvers[k], shared.beginning(solvers[k]))
+        errors[k] = sample_errors(end, batch.target)
+    return torch.stack([errors[k] for k in range(len(solvers))])
 
 
 class FirstPredictions:
     """
     The first two predictions of solvers on a field, each made once: all that begin at the same time share the first,
     and those whose first steps end at the same state and time share the second.
+
+    Of either, the last one is kept; so solvers that share some have to come one after another, as in the order of
+    their keys.
     """
 
     def __init__(self, field: PipelineField):
         self._field = field
-        self._outputs: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kept: dict[int, tuple[tuple, torch.Tensor, torch.Tensor]] = {}
+
+    def key(self, solver: SearchedSolver) -> tuple[float, tuple[float, ...]]:
+        """When the network is called first, where the first step ends, and when the network is called there."""
+        _, _, a, b, *_ = row = solver.update_table(self._field.prediction_type)[0].tolist()
+        # x_1 = A * noise + B * output, to the rounding of schedulers that compute in float32.
+        end = a + b * row[0], b * row[1]
+        second = (*solver.timesteps[1:2], *(round(number, 5) for number in (*end, *node_of(solver, 1))))
+        return solver.timesteps[0], second
 
     def beginning(self, solver: SearchedSolver) -> Run:
         """The first steps of a run of the solver."""
-        states, history, key = [self._field.noise], [], ()
-        kind = self._field.prediction_type
-        for i in range(min(2, solver.num_steps)):
-            node = node_of(solver, i)
-            key += (solver.timesteps[i], *(round(level, 5) for level in node))
-            if key not in self._outputs:
-                self._outputs[key] = self._field.evaluate(states[i], solver.timesteps[i], node)
-            output, states[i] = self._outputs[key]
-            history.append(solver.prediction(output, states[i], i, kind))
+        states, history, key = [self._field.noise], [], self.key(solver)
+        for i in range(min(len(key), solver.num_steps)):
+            if i not in self._kept or self._kept[i][0] != key[: i + 1]:
+                self._kept[i] = key[: i + 1], *self._field.evaluate(states[i], solver.timesteps[i], node_of(solver, i))
+            _, output, states[i] = self._kept[i]
+            history.append(solver.prediction(output, states[i], i, self._field.prediction_type))
             states.append(solver.step(states[i], history, i))
-            # x_1 = A * noise + B * output, to the rounding of schedulers that compute in float32.
-            _, _, a, b, *_ = row = solver.update_table(kind)[i].tolist()
-            key += (round(a + b * row[0], 5), round(b * row[1], 5))
         return Run(states, history)

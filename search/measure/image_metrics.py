@@ -175,10 +175,10 @@ def _describe(
     batch: Batch, contenders: Mapping[Hashable, SearchedSolver], network: FeatureNetwork
 ) -> dict[Hashable, dict]:
     """Of every sampler's images from one batch of noises: likeness to the teacher's, features, logits."""
-    goals = _images(batch.field, batch.target)
+    goals = _images(batch.field, batch.target.to(batch.field.noise.device))
     described = {TEACHER: network(goals)}
     for key, solver in contenders.items():
-        images = _images(batch.field, rollout(batch.field, solver).end)
+        images = _images(batch.field, rollout(batch.field, solver))
         described[key] = {**similarity(images, goals), **network(images)}
     batch.field.close()
     return described

@@ -228,7 +228,7 @@ class Measurement:
         samples = pipeline_calls(turned(self.conditions, seeds, self._seed, EVALUATION_SEEDS), seeds, len(seeds))[0]
         field = PipelineField(self.pipe, merged(samples), [seed for _, seed in samples], self.journal.calls)
         if teacher_error is None or self.full:
-            ends = (rollout(field, teacher_solver(field.process, n * self.teacher_steps)).end for n in (1, FINER))
+            ends = (rollout(field, teacher_solver(field.process, n * self.teacher_steps)) for n in (1, FINER))
             teacher_error = root_mean_square(sample_errors(*ends))
         teacher = teacher_trajectory(field, self.measuring_steps)
         rows = {

@@ -1,6 +1,6 @@
 """Runs of a solver over a field, from any step on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ class Batch:
 
     Args:
         field: The pipeline's predictions for these samples; `field.noise` is where they begin.
-        target (`torch.Tensor`): Where the teacher ends, of `field.noise`'s shape, at least float32.
+        target (`torch.Tensor`): Where the teacher ends, of `field.noise`'s shape, at least float32, on the CPU.
         index (`tuple[int, ...]`): Its place among the batches of all processes.
     """
 
@@ -43,29 +43,60 @@ class Run:
         return self.states[-1]
 
 
-def rollout(field: PipelineField, solver: SearchedSolver, prefix: Run | None = None) -> Run:
+def rollout(field: PipelineField, solver: SearchedSolver, prefix: Run | None = None) -> torch.Tensor:
     """
-    Run a solver from the field's noise, or go on from the beginning of another run.
+    The end of a run of a solver, from the field's noise or from where another run has come to.
+
+    Memory does not grow with the number of steps: of states the last one is held, of predictions those that some later
+    row of the table still uses.
 
     Args:
         prefix (*optional*): States x_0 ... x_i and predictions p_0 ... p_(i-1), or also p_i, which then is not
             evaluated again.
 
     Returns:
-        `Run`: States are kept in at least float32; the field casts them for the network as a pipeline's run does.
-            They are what the network was called on, with the parts that an inpainting pipeline has put back.
+        `torch.Tensor`: In at least float32; the field casts states for the network as a pipeline's run does.
+    """
+    end = field.noise if prefix is None else prefix.end
+    for step in _steps(field, solver, prefix):
+        end = step[-1]
+    return end
+
+
+def recorded_run(field: PipelineField, solver: SearchedSolver, prefix: Run | None = None) -> Run:
+    """
+    A run with all its states and predictions, those of `prefix` included.
+
+    Args:
+        prefix (*optional*): As in [`rollout`].
+
+    Returns:
+        `Run`: States are what the network was called on, with the parts that an inpainting pipeline has put back.
     """
     states = [field.noise] if prefix is None else list(prefix.states)
     predictions = [] if prefix is None else list(prefix.history)
-    history = History(solver, field.prediction_type)
-    history.extend(predictions)
-    for i in range(len(states) - 1, solver.num_steps):
-        if len(predictions) == i:
-            output, states[i] = field.evaluate(states[i], solver.timesteps[i], node_of(solver, i))
-            history.append(output, states[i])
-            predictions.append(history[-1] if history.keeps_all else history[-1].clone())
-        states.append(history.step(states[i]))
+    for state, history, end in _steps(field, solver, prefix):
+        # Where memory is used again, the next prediction may take this one's place.
+        predictions[len(states) - 1 :] = [history[-1] if history.keeps_all else history[-1].clone()]
+        states[-1:] = [state, end]
     return Run(states, predictions)
+
+
+def _steps(
+    field: PipelineField, solver: SearchedSolver, prefix: Run | None
+) -> Iterator[tuple[torch.Tensor, History, torch.Tensor]]:
+    """Of every step: the state that the network is called on, the predictions so far, and the state where it ends."""
+    x, begin, known = (field.noise, 0, []) if prefix is None else (prefix.end, len(prefix.states) - 1, prefix.history)
+    history = History(solver, field.prediction_type)
+    history.extend(known)
+    for i in range(begin, solver.num_steps):
+        if i >= len(known):
+            output, x = field.evaluate(x, solver.timesteps[i], node_of(solver, i))
+            history.append(output, x)
+            del output
+        end = history.step(x)
+        yield x, history, end
+        x = end
 
 
 def node_of(solver: SearchedSolver, i: int) -> tuple[float, float]:
@@ -74,13 +105,18 @@ def node_of(solver: SearchedSolver, i: int) -> tuple[float, float]:
 
 
 def sample_errors(end: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Root mean square distance of each sample to its target, shape (batch,), float64."""
-    return (end - target).double().flatten(1).square().mean(1).sqrt()
+    """Root mean square distance of each sample to its target, shape (batch,), float64, on the CPU."""
+    return mean_squares(end.cpu() - target.cpu()).sqrt()
+
+
+def mean_squares(difference: torch.Tensor) -> torch.Tensor:
+    """Of each sample, shape (batch,), float64. On the CPU: not every device has float64."""
+    return difference.double().flatten(1).square().mean(1)
 
 
 def endpoint_errors(batches: Sequence[Batch], solver: SearchedSolver) -> torch.Tensor:
     """The error of every sample of all processes, one after another."""
-    errors = [sample_errors(rollout(batch.field, solver).end, batch.target).cpu() for batch in batches]
+    errors = [sample_errors(rollout(batch.field, solver), batch.target) for batch in batches]
     return torch.cat(gather(batches, errors))
 
 

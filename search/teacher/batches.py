@@ -79,7 +79,7 @@ def stream_batches(
         field = PipelineField(pipe, merged(samples), [seed for _, seed in samples], calls)
         end = cache.end(field, teacher_solver(field.process, teacher_steps), calls)
         _check_finite(end, samples)
-        return Batch(field, end, index)
+        return Batch(field, end.cpu(), index)
 
     numbered = list(enumerate(pipeline_calls(conditions, seeds, batch_size), first))
     for index, samples in share(numbered, first):

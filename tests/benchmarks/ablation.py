@@ -71,9 +71,9 @@ class FreeScales(SolverFamily):
         super().__init__(process, known, offsets, rounding)
         self.start = np.append(self.start, np.zeros(self.num_steps - 1))
 
-    def confined(self, vector: np.ndarray, step: np.ndarray) -> np.ndarray:
-        short = super().confined(self._own_and_scales(vector)[0], self._own_and_scales(step)[0])
-        return step * np.linalg.norm(short) / max(np.linalg.norm(self._own_and_scales(step)[0]), 1e-300)
+    @property
+    def limits(self) -> np.ndarray:
+        return np.append(super().limits, np.ones(self.num_steps - 1))
 
     def entries(self, vector: np.ndarray) -> np.ndarray:
         own, scales = self._own_and_scales(vector)

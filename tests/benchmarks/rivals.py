@@ -18,7 +18,15 @@ from search.fit.problem import Problem
 from search.fit.strategy import JUDGES, LATER_NOISES, default_calls
 from search.known.baselines import classical_solvers
 from search.pipeline.field import NetworkCalls
-from search.pipeline.rollout import Batch, Run, endpoint_errors, rollout, root_mean_square, sample_errors
+from search.pipeline.rollout import (
+    Batch,
+    Run,
+    endpoint_errors,
+    recorded_run,
+    rollout,
+    root_mean_square,
+    sample_errors,
+)
 
 
 # Where GITS may begin, as a share of the process.
@@ -77,7 +85,7 @@ def descend(
     tables = [table for name, table in classical_solvers(problem.process, num_steps).items() if f"AB{ORDER}" in name]
     known = min(tables, key=lambda table: root_mean_square(endpoint_errors(train, table)))
     family = family(problem.process, known, offsets=True)
-    errors = [sample_errors(rollout(batch.field, known).end, batch.target) for batch in train]
+    errors = [sample_errors(rollout(batch.field, known), batch.target) for batch in train]
     vector, gain, cost = family.start, 1.0, 0
     visited = [(root_mean_square(endpoint_errors(judging, known)), known)]
     yield known
@@ -104,7 +112,7 @@ def choose_nodes(problem: Problem, num_steps: int) -> Iterator[SearchedSolver]:
     """
     train, judging = fitted_and_judging(problem)
     teacher = teacher_solver(problem.process, problem.teacher_steps)
-    costs = np.mean([euler_costs(teacher, rollout(batch.field, teacher)) for batch in train], 0)
+    costs = np.mean([euler_costs(teacher, recorded_run(batch.field, teacher)) for batch in train], 0)
     tables = []
     for start in STARTS if problem.process.kind == "variance_preserving" else STARTS[:1]:
         first = int(np.searchsorted(-teacher.timesteps, -start * problem.process.max_timestep))

@@ -12,23 +12,16 @@ from huggingface_hub import cached_assets_path
 
 from diffusers_searched_solver import SearchedSolver, process_from_config
 from diffusers_searched_solver.calls import build_conditions
-from search.fit.problem import (
-    BATCH_SIZE,
-    EVALUATION_SEEDS,
-    TEACHER_STEPS,
-    TUNING_SEEDS,
-    Problem,
-    search_problem,
-    split_seeds,
-)
+from search.fit.problem import Problem, search_problem
 from search.fit.strategy import default_calls, fit_solver
 from search.known.baselines import classical_solvers, diffusers_schedulers, run_scheduler
 from search.launch.journal import Journal
 from search.pipeline.field import NetworkCalls
 from search.pipeline.loading import load_pipeline
 from search.pipeline.rollout import Batch, endpoint_errors, root_mean_square, sample_errors
-from search.teacher.batches import make_batches
+from search.teacher.batches import BATCH_SIZE, TEACHER_STEPS, make_batches
 from search.teacher.cache import TeacherCache
+from search.teacher.splits import EVALUATION_SEEDS, TUNING_SEEDS, split_seeds
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

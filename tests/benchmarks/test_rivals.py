@@ -13,7 +13,7 @@ from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePres
 from search.fit.parameters import FRAME, ORDER, SolverFamily
 from search.pipeline.field import NetworkCalls, PipelineField
 from search.pipeline.loading import load_pipeline
-from search.pipeline.rollout import Run, rollout
+from search.pipeline.rollout import Run, recorded_run
 
 
 N = 4
@@ -67,11 +67,11 @@ def test_a_run_feels_an_entry_no_earlier_than_is_said(cls, name):
     field = PipelineField(pipe, {"class_labels": [3], "guidance_scale": 2.0}, [0], NetworkCalls(pipe))
     family = cls(field.process, classical(field.process), offsets=True)
     entries = family.entries(some_vector(family))
-    run = rollout(field, family.solver(entries))
+    run = recorded_run(field, family.solver(entries))
     for entry in family.searched(entries, times_only=False):
         changed = entries.copy()
         changed[entry.index] += entry.change
-        other = rollout(field, family.solver(changed))
+        other = recorded_run(field, family.solver(changed))
         assert all(map(torch.equal, run.states[: entry.step + 1], other.states[: entry.step + 1]))
         assert all(map(torch.equal, run.history[: entry.known], other.history[: entry.known]))
         assert not torch.equal(run.end, other.end)
