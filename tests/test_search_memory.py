@@ -1,0 +1,103 @@
+"""What a search holds: memory that does not grow with the steps of a run, and derivatives on some elements only."""
+
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from fields import load
+
+from diffusers_searched_solver import FlowMatching, SearchedSolver, time_grid
+from diffusers_searched_solver.check import teacher_solver
+from search.fit import gauss_newton
+from search.fit.gauss_newton import gauss_newton_iteration
+from search.fit.parameters import SolverFamily
+from search.fit.strategy import start_grids
+from search.known.baselines import known_tables
+from search.known.race import race_errors
+from search.launch.network_calls import NetworkCalls
+from search.pipeline.rollout import Batch, endpoint_errors, recorded_run, rollout, root_mean_square
+from search.teacher.batches import make_batches
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class CountingField:
+    """A field whose flow is known, and how many of its states there have been at most."""
+
+    process, prediction_type = FlowMatching(), "flow_prediction"
+
+    def __init__(self):
+        self.noise = torch.randn(1, 99, generator=torch.Generator().manual_seed(0))
+        self._seen, self.most = [], 0
+
+    def evaluate(self, x, timestep):
+        prediction = torch.tanh(x) * float(timestep) / 1000
+        self._seen = [each for each in self._seen if each() is not None] + [weakref.ref(x), weakref.ref(prediction)]
+        self.most = max(self.most, len({id(each()) for each in self._seen}))
+        return prediction, x
+
+
+def most_states(make_runs) -> int:
+    field = CountingField()
+    make_runs(field)
+    return field.most
+
+
+def test_a_run_of_many_steps_holds_no_more_states_than_a_short_one():
+    few, many = (most_states(lambda field, n=n: rollout(field, teacher_solver(field.process, n))) for n in (8, 128))
+    assert many == few <= 8
+
+
+def test_a_run_holds_every_prediction_that_its_table_uses():
+    field = CountingField()
+    table = SearchedSolver.adams_bashforth(*time_grid(field.process, 6), "velocity", order=3)
+    coefficients = table.coefficients.copy()
+    coefficients[5, 0] += 0.25
+    late = SearchedSolver(table.timesteps, table.alphas, table.sigmas, coefficients, "velocity", consistent=False)
+    assert torch.equal(rollout(field, late), recorded_run(field, late).end)
+    assert not torch.equal(rollout(field, late), rollout(field, table))
+
+
+def test_a_race_of_many_tables_holds_no_more_states_than_one_of_few():
+    tables = [table.solver for table in known_tables(load("digits-sit").scheduler.config, 4)]
+
+    def race(field, solvers):
+        return race_errors(Batch(field, torch.zeros(1, 99), (0,)), solvers)
+
+    assert most_states(lambda field: race(field, tables)) <= most_states(lambda field: race(field, tables[:4])) + 1
+    alone = torch.cat([race(CountingField(), [table]) for table in tables])
+    torch.testing.assert_close(race(CountingField(), tables), alone, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["digits-dit", "digits-sit"])
+def test_derivatives_on_a_quarter_of_the_elements_lead_as_far(name, monkeypatch):
+    pipe = load(name)
+    calls = NetworkCalls(pipe)
+    conditions = [{"class_labels": [k], "guidance_scale": 1.0} for k in range(10)]
+    train, others = (make_batches(pipe, conditions, list(range(k, k + 16)), 16, 48, calls) for k in (0, 100))
+    process = train[0].field.process
+    known = SearchedSolver.adams_bashforth(*start_grids(process, 4)[0], "velocity", order=3)
+    family = SolverFamily(process, known, offsets=name == "digits-dit")
+    errors = []
+    for elements in (2**16, 64):
+        monkeypatch.setattr(gauss_newton, "MOST_ELEMENTS", elements)
+        fitted = gauss_newton_iteration(family, family.start, train, [torch.ones(16)])
+        solver = family.solver(family.entries(fitted.vector))
+        errors.append(root_mean_square(endpoint_errors(others, solver)))
+    for batch in (*train, *others):
+        batch.field.close()
+    calls.remove()
+    assert errors[0] < 0.9 * root_mean_square(endpoint_errors(others, known))
+    assert errors[1] < 1.05 * errors[0]
+
+
+def test_a_search_holds_little_more_than_its_noises():
+    """Of each of up to a hundred noises a suspended call of the pipeline, its beginning and the goal."""
+    elements = 2**17
+    command = [sys.executable, "tests/large.py", str(elements), "3", "2", "2500"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert int(ended.stdout.splitlines()[-1]) < 2**26 + 4 * elements * 6 * 100
