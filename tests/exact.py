@@ -38,7 +38,8 @@ class MixturePipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(self, generator=None, num_inference_steps=50):
         self.scheduler.set_timesteps(num_inference_steps)
-        x = randn_tensor((len(generator), DIMENSIONS), generator)
+        generators = generator if isinstance(generator, list) else [generator]
+        x = randn_tensor((len(generators), DIMENSIONS), generators)
         for t in self.scheduler.timesteps:
             x = self.scheduler.step(self.velocity(x, t / 1000), t, x, return_dict=False)[0]
         return x

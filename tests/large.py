@@ -30,7 +30,8 @@ class LargePipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(self, generator=None, num_inference_steps=50):
         self.scheduler.set_timesteps(num_inference_steps)
-        x = randn_tensor((len(generator), len(self.velocity.variances)), generator)
+        generators = generator if isinstance(generator, list) else [generator]
+        x = randn_tensor((len(generators), len(self.velocity.variances)), generators)
         for t in self.scheduler.timesteps:
             x = self.scheduler.step(self.velocity(x, t / 1000), t, x, return_dict=False)[0]
         return x

@@ -1,8 +1,8 @@
 """What a search holds: memory that does not grow with the steps of a run, and derivatives on some elements only."""
 
+import gc
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
@@ -23,25 +23,28 @@ from search.teacher.batches import make_batches
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ELEMENTS = 4099  # a number that nothing else has
 
 
 class CountingField:
-    """A field whose flow is known, and how many of its states there have been at most."""
+    """A field whose flow is known, and how many numbers there have been at most in memory like that of its states."""
 
     process, prediction_type = FlowMatching(), "flow_prediction"
 
     def __init__(self):
-        self.noise = torch.randn(1, 99, generator=torch.Generator().manual_seed(0))
-        self._seen, self.most = [], 0
+        self.noise = torch.randn(1, ELEMENTS, generator=torch.Generator().manual_seed(0))
+        self._calls, self.most = 0, 0
 
-    def evaluate(self, x, timestep):
-        prediction = torch.tanh(x) * float(timestep) / 1000
-        self._seen = [each for each in self._seen if each() is not None] + [weakref.ref(x), weakref.ref(prediction)]
-        self.most = max(self.most, len({id(each()) for each in self._seen}))
-        return prediction, x
+    def evaluate(self, x, timestep, node):
+        self._calls += 1
+        if self._calls % 8 == 0:
+            found = [each for each in gc.get_objects() if type(each) is torch.Tensor and ELEMENTS in each.shape]
+            storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found}
+            self.most = max(self.most, sum(storages.values()) / x.nbytes)
+        return torch.tanh(x) * float(timestep) / 1000, x
 
 
-def most_states(make_runs) -> int:
+def most_states(make_runs) -> float:
     field = CountingField()
     make_runs(field)
     return field.most
@@ -62,13 +65,14 @@ def test_a_run_holds_every_prediction_that_its_table_uses():
     assert not torch.equal(rollout(field, late), rollout(field, table))
 
 
-def test_a_race_of_many_tables_holds_no_more_states_than_one_of_few():
+def test_a_race_of_many_tables_holds_few_states():
     tables = [table.solver for table in known_tables(load("digits-sit").scheduler.config, 4)]
 
     def race(field, solvers):
-        return race_errors(Batch(field, torch.zeros(1, 99), (0,)), solvers)
+        return race_errors(Batch(field, torch.zeros(1, ELEMENTS), (0,)), solvers)
 
-    assert most_states(lambda field: race(field, tables)) <= most_states(lambda field: race(field, tables[:4])) + 1
+    assert len(tables) > 40
+    assert most_states(lambda field: race(field, tables)) < 16
     alone = torch.cat([race(CountingField(), [table]) for table in tables])
     torch.testing.assert_close(race(CountingField(), tables), alone, rtol=1e-3, atol=0)
 
