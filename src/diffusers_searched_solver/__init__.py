@@ -8,6 +8,7 @@ from .configs import process_from_config
 from .grids import time_grid
 from .hub import list_hub_solvers
 from .loading import list_bundled_solvers
+from .merging import merge_solver_files
 from .process import FlowMatching, NoiseProcess, VariancePreserving
 from .scheduler import SearchedSolverScheduler
 from .serialization import SolverFile, SolverFileError, load_solver_file, save_solver_file
@@ -32,6 +33,7 @@ __all__ = [
     "list_bundled_solvers",
     "list_hub_solvers",
     "load_solver_file",
+    "merge_solver_files",
     "process_from_config",
     "save_solver_file",
     "solver_from_scheduler",

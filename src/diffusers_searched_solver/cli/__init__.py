@@ -1,12 +1,15 @@
-"""The command `searched-solver`: list, show and compare solvers, check one on a pipeline, convert checkpoints."""
+"""The command `searched-solver`: list, show, compare, merge and export solvers, check one, convert checkpoints."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 from .. import convert
 from . import check as check_command
+from .exchange import FORMATS, export, merge
 from .solvers import SOLVER, compare, list_solvers, load, show, table_of, tabulate
 from .terminal import printable
 
@@ -20,7 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options) or 0
+        status = options.run(options) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever reads, such as `head`, has enough; the interpreter would complain of the rest when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 2
@@ -28,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="searched-solver", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('diffusers-searched-solver')}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(run: Callable[[argparse.Namespace], int | None], name: str, title: str, **texts):
@@ -49,6 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     add("first", help=SOLVER)
     add("second", help="the same")
     add("--num-steps", type=int, nargs="+", help="the tables to show (default: those that both have)")
+
+    add = command(merge, "merge", "write the step counts of two solvers of one model as one").add_argument
+    add("first", metavar="A", help=SOLVER)
+    add("second", metavar="B", help="the same")
+    add("--output", required=True, metavar="C", help="a folder, or a file if A is one")
+    add("--prefer", choices=["A", "B"], help="whose solver to take where both have the step count")
+
+    add = command(export, "export", "write a solver's noise levels and coefficients for other programs").add_argument
+    add("name", help=SOLVER)
+    add("--to", choices=sorted(FORMATS), required=True, help="json has all that a run needs, the others noise levels")
+    add("--num-steps", type=int, nargs="+", help="the tables to write (default: all)")
+    add("--output", metavar="FILE", help="where to (default: the terminal)")
 
     add = command(tabulate, "tabulate", "write a diffusers scheduler's tables as a solver").add_argument
     add("source", help="a pipeline or a scheduler: a folder or a Hub repository")

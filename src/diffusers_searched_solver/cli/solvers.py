@@ -84,12 +84,23 @@ def _diffusers_scheduler(source: str, name: str | None, changes: Mapping) -> Sch
 
 
 def load(name: str) -> SolverFile:
+    """The solver file of a name as the user typed it."""
     if os.path.isfile(name):
         return load_solver_file(name)
-    file = SearchedSolverScheduler.from_pretrained(name).solver_file
+    file = load_scheduler(name).solver_file
     if file is None:
         raise ValueError(f"'{name}' is a scheduler without a searched solver. Name {SOLVER}.")
     return file
+
+
+def load_scheduler(name: str) -> SearchedSolverScheduler:
+    """The scheduler of a name as the user typed it; the Hub is asked for nothing that cannot be there."""
+    if "/" not in name and not os.path.isdir(name) and name not in list_bundled_solvers():
+        raise ValueError(
+            f"There is no folder and no bundled solver of the name '{name}'; the bundled ones are "
+            f"{', '.join(list_bundled_solvers())}. A Hub repository is named org/name."
+        )
+    return SearchedSolverScheduler.from_pretrained(name)
 
 
 def table_of(name: str, file: SolverFile, count: int) -> SearchedSolver:
