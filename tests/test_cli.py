@@ -102,10 +102,10 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     found = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert found == ["list", "show", "compare", "tabulate", "check", "convert"]
+    assert found == ["list", "show", "compare", "merge", "export", "tabulate", "check", "convert"]
 
 
-@pytest.mark.parametrize("command", ["list", "show", "compare", "tabulate", "check", "convert"])
+@pytest.mark.parametrize("command", ["list", "show", "compare", "merge", "export", "tabulate", "check", "convert"])
 def test_every_command_has_help_that_fits_a_terminal(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit, match="0"):
