@@ -159,6 +159,14 @@ def test_text_to_image_draws_what_the_pipeline_draws_with_the_solver(run, tiny):
         assert not np.array_equal(draw(), other)
 
 
+def test_text_to_image_without_a_step_count_runs_one_that_the_solver_has_and_without_a_solver_twenty(run, tiny):
+    pipeline = tiny[1] / "pipeline"
+    end = run("text_to_image.py", pipeline, tiny[1] / "solver", PROMPT, "--size", 16)
+    assert end["pipe"].scheduler.step_index == STEPS
+    end = run("text_to_image.py", pipeline, PROMPT, "--size", 16)
+    assert end["pipe"].scheduler.step_index == 20 and end["pipe"].scheduler.solver_file is None
+
+
 @pytest.fixture()
 def picture(tmp_path):
     Image.linear_gradient("L").resize((16, 24)).convert("RGB").save(tmp_path / "picture.png")
