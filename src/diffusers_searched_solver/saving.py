@@ -111,7 +111,8 @@ class SavedWithSolver(SchedulerMixin, ConfigMixin):
             return_unused_kwargs (`bool`): As in [`ConfigMixin.from_config`].
             solver (*optional*): A [`SolverFile`], one [`SearchedSolver`], the path of a solver file or of a folder
                 with one, or the name of a bundled solver.
-            kwargs: Config entries to change.
+            kwargs: Config entries to change. `thresholding` and `clip_sample` of another scheduler's config limit the
+                data that is predicted in every step; `thresholding=False, clip_sample=False` turns that off.
 
         Raises:
             ValueError: If the solver is for the other kind of noise process, or the config for neither.

@@ -254,11 +254,9 @@ class SearchedSolverScheduler(SavedWithSolver):
                 learned variance behind it is dropped if the config's `variance_type` says that there is one.
             timestep: The element of `timesteps` that the network was called with; it tells where a run begins.
             sample (`torch.Tensor`): The state the network was called on, of the output's shape.
-            eta, use_clipped_model_output, generator: Accepted because pipelines pass them. The solver is
-                deterministic, so `eta` must be 0.
+            eta, use_clipped_model_output, generator: Accepted because pipelines pass them; `eta` must be 0.
             per_token_timesteps (*optional*): Says, as in [`FlowMatchEulerDiscreteScheduler`], that `model_output` is
-                data minus noise. All tokens advance together; pipelines that condition on clean tokens put those
-                back after the step.
+                data minus noise. All tokens advance together; pipelines put clean tokens back after the step.
             return_dict (`bool`): Whether to return a [`SearchedSolverSchedulerOutput`] rather than a tuple.
 
         Returns:
@@ -266,9 +264,8 @@ class SearchedSolverScheduler(SavedWithSolver):
             the data only in a run of one step.
 
         Raises:
-            RuntimeError: Before `set_timesteps`, out of order, after the last step, or if another thread has begun a
-                run.
-            ValueError: If shapes differ.
+            RuntimeError: Before `set_timesteps`, out of order, after the last step, or in another thread's run.
+            ValueError: If shapes differ, of the two or from the steps before.
             NotImplementedError: If noise is asked for.
         """
         run = self._begun("step")

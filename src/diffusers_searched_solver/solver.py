@@ -42,6 +42,18 @@ class SearchedSolver:
 
     Source: Wang et al., "Differentiable Solver Search for Fast Diffusion Sampling", arXiv 2505.21114, section 4, whose
     family has row sums of one and timesteps equal to the nodes' times.
+
+    Example:
+
+        >>> solver = SearchedSolver(
+        ...     timesteps=[1000, 500],
+        ...     alphas=[0, 0.5, 1],
+        ...     sigmas=[1, 0.5, 0],
+        ...     coefficients=[[1, 0], [-0.5, 1.5]],
+        ...     frame="velocity",
+        ... )
+        >>> solver.num_steps, solver.update_weights(1, 2)
+        (2, (1.0, (0.25, -0.75)))
     """
 
     timesteps: np.ndarray
@@ -108,6 +120,17 @@ class SearchedSolver:
 
         Returns:
             `torch.Tensor`: x', a new tensor; float32 for half-precision samples, otherwise of the sample's dtype.
+
+        Example:
+
+            >>> grid = np.array([1000, 500]), np.array([0, 0.5, 1]), np.array([1, 0.5, 0])
+            >>> solver = SearchedSolver.adams_bashforth(*grid, "velocity", order=2)
+            >>> x, history = torch.tensor([2.0]), []
+            >>> for i, timestep in enumerate(solver.timesteps):
+            ...     history.append(torch.tensor([float(timestep) / 500]))  # noise minus data, as a network says
+            ...     x = solver.step(x, history, i)
+            >>> x
+            tensor([0.7500])
         """
         state_weight, weights = self.update_weights(index, len(history))
         return weighted_sum(sample, state_weight, history, weights)

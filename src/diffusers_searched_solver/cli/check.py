@@ -35,7 +35,7 @@ A pipeline that is made ready in code (with a LoRA, quantised, compiled, offload
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """All but the solver."""
+    """Add the arguments of `searched-solver check`, all but the solver."""
     add = parser.add_argument
     add("--pipeline", required=True, help="a folder or a Hub repository")
     add("--num-steps", type=int, nargs="+", help="the step counts to check (default: all that the solver has)")

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None):
-    """The command line."""
+    """Convert what the command line names; an error ends it with one line and a status of 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     try:
