@@ -1,6 +1,7 @@
 """The search for solvers: `accelerate launch search/run.py`, or `search_solver` and `measure` from Python."""
 
-from .fit.strategy import Outcome, find_solver, search_solver
+from .fit.find import find_solver, search_solver
+from .fit.outcome import Outcome
 from .results.record import Report
 from .session import measure
 

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver.rivals import diffusers_schedulers
 
+from .fit.budget import derivative_bytes, judging_evaluations, shared_evaluations, usual_calls
 from .fit.problem import setup_evaluations
-from .fit.strategy import derivative_bytes, judging_evaluations, shared_evaluations, usual_calls
 from .gradient.recipe import Recipe, recipe_evaluations
 from .launch.network_calls import NetworkCalls
 from .launch.progress import DRAWING, IMAGES, MEASURING, TEACHER

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 
 from search.earlier import earlier_search, to_measure
 from search.estimate import estimate, expected_calls
-from search.fit.strategy import check_settings
+from search.fit.find import check_settings
 from search.launch.heartbeat import peers_watched
 from search.launch.processes import LostProcessError
 from search.measure.image_metrics import load_feature_network

@@ -13,8 +13,11 @@ from pydantic import TypeAdapter
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, SolverFile
 
 from .earlier import Earlier
+from .fit.budget import default_calls
+from .fit.find import given_solvers
+from .fit.outcome import Outcome
 from .fit.problem import Problem, search_problem
-from .fit.strategy import Outcome, default_calls, fit_solver, given_solvers, judge_solver
+from .fit.strategy import fit_solver, judge_solver
 from .gradient.differentiable_network import DifferentiableNetwork
 from .gradient.recipe import Recipe, fit_by_gradient, recipe_teacher
 from .known.baselines import KnownTable, in_one_kind

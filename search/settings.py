@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import LoggerType
 from huggingface_hub import cached_assets_path
 
-from .fit.strategy import BASE_CALLS, CALLS_PER_CUBED_STEP
+from .fit.budget import BASE_CALLS, CALLS_PER_CUBED_STEP
 from .gradient.recipe import PAPER_RECIPE
 from .measure.feature_network import INCEPTION
 from .measure.image_metrics import ImageSettings

@@ -8,8 +8,9 @@ import torch
 
 from diffusers_searched_solver.calls import build_conditions
 from search.estimate import estimate
+from search.fit.budget import default_calls
 from search.fit.problem import search_problem
-from search.fit.strategy import default_calls, fit_solver
+from search.fit.strategy import fit_solver
 from search.launch.journal import Journal
 from search.pipeline.field import NetworkCalls
 from search.pipeline.loading import load_pipeline

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from readme_tables import PAGES, PIPELINES, ROOT, report_of, with_tables
 
-from search.fit.strategy import usual_calls
+from search.fit.budget import usual_calls
 
 
 README = (ROOT / "README.md").read_text()

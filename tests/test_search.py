@@ -18,9 +18,9 @@ from diffusers_searched_solver.calls import build_conditions
 from diffusers_searched_solver.check import teacher_solver
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
 from search import find_solver, search_solver
+from search.fit.budget import default_calls, usual_calls
 from search.fit.parameters import SolverFamily
 from search.fit.problem import search_problem
-from search.fit.strategy import default_calls, usual_calls
 from search.known.contest import Contest
 from search.pipeline.field import NetworkCalls, PipelineField
 from search.pipeline.loading import load_pipeline

@@ -2,38 +2,27 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
-from diffusers_searched_solver import NoiseProcess, SearchedSolver, SolverFile, time_grid
-from diffusers_searched_solver.scheduler import SearchedSolverScheduler
+from diffusers_searched_solver import NoiseProcess, SearchedSolver, time_grid
 
 from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, at_other_steps, in_one_kind, known_tables
 from ..known.contest import Contest, score
-from ..known.race import RUNGS, Standing, best_of_families, gathered_weights, race, race_evaluations
+from ..known.race import RUNGS, Standing, best_of_families, gathered_weights, race
 from ..launch.journal import Journal
 from ..launch.progress import Finding
-from ..pipeline.field import NetworkCalls
 from ..pipeline.rollout import Batch, endpoint_errors, rollout, sample_errors
-from ..teacher.admission import admit
-from ..teacher.batches import BATCH_SIZE, TEACHER_STEPS
 from ..teacher.noises import Weights, portion_end
+from .budget import FIRST_NOISES, JUDGES, LATER_NOISES, MOST_JUDGES, TIMES_NOISES
 from .gauss_newton import MAX_TRIALS, gauss_newton_iteration
+from .outcome import Contender, Outcome
 from .parameters import FRAME, ORDER, SolverFamily
-from .problem import Problem, search_problem
+from .problem import Problem
 
 
-# Network calls of a search, and how many more for the cubed number of steps: a Jacobian has about half as many columns
-# as there are steps squared, and each is a part of a run.
-BASE_CALLS, CALLS_PER_CUBED_STEP = 8_500, 17
-# Noises of the stages, each at the end of a portion: node times, everything at first, everything from then on. Twice
-# as many, and calls, where a few noises are much harder than others, and for every guidance scale.
-TIMES_NOISES, FIRST_NOISES, LATER_NOISES = 4, 8, 16
-# Noises that judge, and that may where two solvers cannot be told apart.
-JUDGES, MOST_JUDGES = 16, 64
 # Contenders whose rank is more than this many times the best one's are not worth an iteration.
 CLOSE = 1.6
 # Samples weigh 1 / error of the best known solver, but no more than if it were this share of the usual one.
@@ -42,169 +31,6 @@ LEAST_KNOWN = 0.01
 RESIDUALS = 4
 # Trials that an iteration makes at least, and more where there are calls for them; those of one over node times.
 LEAST_TRIALS, TIMES_TRIALS = 3, 5
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """
-    What a search for one step count has found.
-
-    Args:
-        solver (`SearchedSolver`): The best.
-        best_known (`KnownTable`): What was best of all that was known before.
-        contest (`Contest`, *optional*): The solver against `best_known` on `num_judges` noises that neither was fitted
-            to; None if it is that table.
-        tuned (`dict[str, KnownTable]`): The best of each family of known tables.
-    """
-
-    solver: SearchedSolver
-    best_known: KnownTable
-    contest: Contest | None
-    num_judges: int
-    tuned: Mapping[str, KnownTable]
-
-    @property
-    def improved(self) -> bool:
-        """Whether searching has improved on what was known."""
-        return self.contest is not None
-
-    @property
-    def verdict(self) -> str:
-        """What came out, as a sentence."""
-        steps = f"{self.solver.num_steps} steps"
-        if not self.improved:
-            return (
-                f"{steps}: searching has not improved on {self.best_known}, so the solver is its table, exactly. Use "
-                "it as it is, or search again with a larger `max_calls`."
-            )
-        word = "better" if self.contest.is_better else "nearer on most noises"
-        return (
-            f"{steps}: {word} than {self.best_known}, the best that was known: {self.contest} ({self.num_judges} "
-            "noises that were not fitted)."
-        )
-
-
-@dataclass(frozen=True)
-class Contender:
-    """
-    A solver on its way.
-
-    Args:
-        name (`str`): What it began as.
-        solver (`SearchedSolver`): What it is.
-        errors, weights (`torch.Tensor`): On the noises that judge, and what these weigh.
-        family, vector (*optional*): Where it is searched on.
-    """
-
-    name: str
-    solver: SearchedSolver
-    errors: torch.Tensor
-    weights: torch.Tensor
-    family: SolverFamily | None = None
-    vector: np.ndarray | None = None
-
-    @property
-    def error(self) -> float:
-        """The root mean square over noises; infinite if one is not finite."""
-        error = float((self.errors.square() * self.weights / self.weights.sum()).sum().sqrt())
-        return error if np.isfinite(error) else np.inf
-
-
-def search_solver(
-    pipe: DiffusionPipeline, num_steps: int, conditions: Sequence[Mapping], **settings
-) -> SearchedSolver:
-    """
-    Search a solver for a pipeline: what [`find_solver`] finds, without what it says of it.
-
-    Args:
-        pipe, num_steps, conditions, settings: As in [`find_solver`].
-
-    Returns:
-        `SearchedSolver`: On the noises that judge better than the best known solver by the geometric mean, and by the
-            root mean square too or, where no noises are much harder than others, not worse beyond chance and `LITTLE`;
-            or else the best known solver itself.
-    """
-    return find_solver(pipe, num_steps, conditions, **settings).solver
-
-
-def find_solver(
-    pipe: DiffusionPipeline,
-    num_steps: int,
-    conditions: Sequence[Mapping],
-    max_calls: int | None = None,
-    seed: int = 0,
-    teacher_steps: int = TEACHER_STEPS,
-    batch_size: int = BATCH_SIZE,
-    given: SolverFile | None = None,
-    log: Callable[[str], None] = lambda line: None,
-) -> Outcome:
-    """
-    Search a solver for a pipeline by damped Gauss-Newton steps, from the best that is known;
-    `gradient.fit_by_gradient` is the paper's way.
-
-    Args:
-        pipe (`DiffusionPipeline`): Any pipeline whose noise process its scheduler's config describes.
-        num_steps (`int`): Steps of the solver, at least 2.
-        conditions: Keyword arguments for the pipeline's call that make one sample each, used in turn, for instance
-            `[{"class_labels": [k], "guidance_scale": 2.0} for k in range(10)]` or `[{"prompt": "a cat"}]`.
-        max_calls (`int`, *optional*): Network calls, guidance and the teacher included; by default `default_calls`.
-            They decide how many noises, starts and iterations there are.
-        seed (`int`): Of the noises.
-        teacher_steps (`int`): Steps of the run whose end point is the goal, at least; they are doubled until its own
-            error is small against that of the solvers.
-        batch_size (`int`): Samples in one call of the pipeline.
-        given (`SolverFile`, *optional*): Further solvers to begin from, for the same kind of noise process.
-        log: Is given lines that say what the search has found so far.
-
-    Returns:
-        `Outcome`: The solver, and what it is worth.
-
-    Raises:
-        ValueError: If an argument is out of range, there is nothing to search with, or `given` is for another process.
-        UnsuitableCallError, FieldError: If the pipeline's call fails, or would not do what a searched solver says,
-            which is found out first.
-    """
-    check_settings([num_steps], conditions, teacher_steps, batch_size)
-    conditions = admit(pipe, conditions, [num_steps])
-    others = given_solvers(pipe, given)
-    calls = NetworkCalls(pipe)
-    problem = None
-    try:
-        problem = search_problem(pipe, conditions, [num_steps], seed, teacher_steps, batch_size, calls)
-        journal, budget = Journal(calls), default_calls(problem, num_steps) if max_calls is None else max_calls
-        *_, outcome = fit_solver(problem, num_steps, budget, journal, lambda found: log(str(found)), others)
-        log(outcome.verdict)
-        return outcome
-    finally:
-        calls.remove()
-        if problem is not None:
-            problem.close()
-
-
-def default_calls(problem: Problem, num_steps: int) -> int:
-    """Network calls that a search has unless it is told otherwise."""
-    return problem.factor * usual_calls(num_steps)
-
-
-def usual_calls(num_steps: int) -> int:
-    """Network calls at one guidance scale, where no noises are much harder than others."""
-    return BASE_CALLS + CALLS_PER_CUBED_STEP * num_steps**3
-
-
-def shared_evaluations(teacher_steps: int) -> int:
-    """Evaluations of one sample by the teacher of the first step count; the noises are there for the others then."""
-    return teacher_steps * (FIRST_NOISES + LATER_NOISES)
-
-
-def judging_evaluations(config: Mapping, num_steps: int) -> int:
-    """Evaluations of one sample by the race of all that is known, and by judging the best of it."""
-    return race_evaluations(len(known_tables(config, num_steps)), num_steps) + 4 * JUDGES * num_steps
-
-
-def derivative_bytes(step_counts: Sequence[int], elements: int, num_variants: int, num_processes: int) -> float:
-    """What the derivatives of an iteration hold in one process, at most."""
-    columns = max(n * (n + 1) // 2 + 2 * n for n in step_counts)
-    return 4.0 * elements * columns * math.ceil(num_variants * LATER_NOISES / num_processes)
 
 
 def judge_solver(problem: Problem, solver: SearchedSolver, journal: Journal, tell=lambda found: None) -> Outcome:
@@ -216,37 +42,6 @@ def judge_solver(problem: Problem, solver: SearchedSolver, journal: Journal, tel
         journal, tell: As in `fit_solver`.
     """
     return _Fit(problem, solver.num_steps, np.inf, journal, tell, {}).judge(solver)
-
-
-def check_settings(step_counts, conditions, teacher_steps, batch_size):
-    """Refuse settings that no search can run with."""
-    if not conditions:
-        raise ValueError("`conditions` is empty. Give the keyword arguments of at least one call of the pipeline.")
-    minima = {"batch_size": 1, "teacher_steps": 2 * max(step_counts)}
-    given = {"batch_size": batch_size, "teacher_steps": teacher_steps}
-    for name, minimum in minima.items():
-        if given[name] < minimum:
-            raise ValueError(f"`{name}` is {given[name]}, expected at least {minimum}.")
-    for num_steps in step_counts:
-        if num_steps < 2:
-            raise ValueError(f"`num_steps` is {num_steps}, expected at least 2: one step leaves nothing to search.")
-
-
-def given_solvers(
-    pipe: DiffusionPipeline, given: SolverFile | SearchedSolverScheduler | None
-) -> dict[int, SearchedSolver]:
-    """
-    The solvers of a file, or of the scheduler that runs them, carried over to the pipeline's noise process.
-
-    Raises:
-        ValueError: If they are for another kind of process, or there are none.
-    """
-    if given is None:
-        return {}
-    file = given if isinstance(given, SolverFile) else given.solver_file
-    if file is None:
-        raise ValueError("The scheduler to start from has no searched solver. Name one that has.")
-    return dict(SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=file).solver_file.solvers)
 
 
 def fit_solver(

@@ -19,8 +19,9 @@ from diffusers.utils import logging
 from huggingface_hub import cached_assets_path
 from shipped import SEEDS, markdown
 
+from search.fit.budget import default_calls
 from search.fit.problem import search_problem
-from search.fit.strategy import default_calls, fit_solver
+from search.fit.strategy import fit_solver
 from search.known.baselines import known_tables
 from search.known.contest import Contest
 from search.known.race import table_errors

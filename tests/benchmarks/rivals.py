@@ -12,10 +12,10 @@ import numpy as np
 
 from diffusers_searched_solver import SearchedSolver
 from diffusers_searched_solver.check import teacher_solver
+from search.fit.budget import JUDGES, LATER_NOISES, default_calls
 from search.fit.gauss_newton import MIN_GAIN, gauss_newton_iteration
 from search.fit.parameters import FRAME, ORDER, Entry, SolverFamily
 from search.fit.problem import Problem
-from search.fit.strategy import JUDGES, LATER_NOISES, default_calls
 from search.known.baselines import classical_solvers
 from search.pipeline.field import NetworkCalls
 from search.pipeline.rollout import (

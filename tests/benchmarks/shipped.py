@@ -12,8 +12,9 @@ from huggingface_hub import cached_assets_path
 
 from diffusers_searched_solver import SearchedSolver, process_from_config
 from diffusers_searched_solver.calls import build_conditions
+from search.fit.budget import default_calls
 from search.fit.problem import Problem, search_problem
-from search.fit.strategy import default_calls, fit_solver
+from search.fit.strategy import fit_solver
 from search.known.baselines import classical_solvers, diffusers_schedulers, run_scheduler
 from search.launch.journal import Journal
 from search.pipeline.field import NetworkCalls

@@ -1,0 +1,44 @@
+"""What a search may spend, and what its stages take."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from ..known.baselines import known_tables
+from ..known.race import race_evaluations
+from .problem import Problem
+
+
+# Network calls of a search, and how many more for the cubed number of steps: a Jacobian has about half as many columns
+# as there are steps squared, and each is a part of a run.
+BASE_CALLS, CALLS_PER_CUBED_STEP = 8_500, 17
+# Noises of the stages, each at the end of a portion: node times, everything at first, everything from then on. Twice
+# as many, and calls, where a few noises are much harder than others, and for every guidance scale.
+TIMES_NOISES, FIRST_NOISES, LATER_NOISES = 4, 8, 16
+# Noises that judge, and that may where two solvers cannot be told apart.
+JUDGES, MOST_JUDGES = 16, 64
+
+
+def default_calls(problem: Problem, num_steps: int) -> int:
+    """Network calls that a search has unless it is told otherwise."""
+    return problem.factor * usual_calls(num_steps)
+
+
+def usual_calls(num_steps: int) -> int:
+    """Network calls at one guidance scale, where no noises are much harder than others."""
+    return BASE_CALLS + CALLS_PER_CUBED_STEP * num_steps**3
+
+
+def shared_evaluations(teacher_steps: int) -> int:
+    """Evaluations of one sample by the teacher of the first step count; the noises are there for the others then."""
+    return teacher_steps * (FIRST_NOISES + LATER_NOISES)
+
+
+def judging_evaluations(config: Mapping, num_steps: int) -> int:
+    """Evaluations of one sample by the race of all that is known, and by judging the best of it."""
+    return race_evaluations(len(known_tables(config, num_steps)), num_steps) + 4 * JUDGES * num_steps
+
+
+def derivative_bytes(step_counts: Sequence[int], elements: int, num_variants: int, num_processes: int) -> float:
+    """What the derivatives of an iteration hold in one process, at most."""
+    columns = max(n * (n + 1) // 2 + 2 * n for n in step_counts)
+    return 4.0 * elements * columns * math.ceil(num_variants * LATER_NOISES / num_processes)
