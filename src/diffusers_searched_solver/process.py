@@ -6,6 +6,7 @@ from functools import cached_property
 from numbers import Integral, Real
 
 import numpy as np
+import torch
 from diffusers import DDPMScheduler
 
 
@@ -146,6 +147,11 @@ class VariancePreserving:
 
     @cached_property
     def _ddpm(self) -> DDPMScheduler:
+        # Numbers are wanted, whatever device networks are loaded under.
+        with torch.device("cpu"):
+            return self._make_ddpm()
+
+    def _make_ddpm(self) -> DDPMScheduler:
         fields = asdict(self)
         scale = fields.pop("snr_shift_scale")
         if scale != 1:

@@ -169,8 +169,8 @@ class SearchedSolverScheduler(SavedWithSolver):
             if num_steps not in self.solver_file.solvers:
                 self._warn_once(said_of_derived(self.solver_file, num_steps))
         self.num_inference_steps = solver.num_steps
-        self.timesteps = torch.tensor(solver.timesteps, dtype=torch.float32, device=device)
-        self.sigmas = torch.tensor(solver.sigmas, dtype=torch.float32)
+        self.timesteps = torch.tensor(solver.timesteps, dtype=torch.float32, device=device or "cpu")
+        self.sigmas = torch.tensor(solver.sigmas, dtype=torch.float32, device="cpu")
         self._begin_index = None
         self._run = Run(solver, self.timesteps, before=self._run)
 
@@ -331,7 +331,7 @@ class SearchedSolverScheduler(SavedWithSolver):
         if self._run is not None:
             solver = self._run.solver
             # float32, because that is what `self.timesteps` gives out; half precision, because models cast that.
-            schedule = torch.tensor(solver.timesteps, dtype=torch.float32).to(dtype).double().numpy()
+            schedule = torch.from_numpy(solver.timesteps.astype(np.float32)).to(dtype).double().numpy()
             matches = timesteps.astype(np.float32)[:, None] == schedule
             rows, nodes = np.nonzero(matches)
             levels[:, rows] = solver.alphas[nodes], solver.sigmas[nodes]

@@ -136,10 +136,11 @@ def table_on(
         )
     # Explicit sigmas are shifted by the config, times given with them are not: diffusers' own scheduler knows how.
     known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
-    nodes = FlowMatchEulerDiscreteScheduler(**{key: config[key] for key in known if key in config})
     sigmas = np.trim_zeros(to_numpy(sigmas), "b")
     times = None if timesteps is None else to_numpy(timesteps)[: len(sigmas)]
-    nodes.set_timesteps(sigmas=sigmas, timesteps=times, mu=mu)
+    with torch.device("cpu"):
+        nodes = FlowMatchEulerDiscreteScheduler(**{key: config[key] for key in known if key in config})
+        nodes.set_timesteps(sigmas=sigmas, timesteps=times, mu=mu)
     sigmas = to_numpy(nodes.sigmas)
     return second_order(to_numpy(nodes.timesteps), 1 - sigmas, sigmas)
 

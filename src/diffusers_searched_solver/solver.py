@@ -148,11 +148,10 @@ class SearchedSolver:
         Returns:
             `torch.Tensor`, shape (N, N + 3), float64: Row i is u, w, a, b_0 ... b_(N-1) of step i.
         """
-        table = torch.zeros(self.num_steps, self.num_steps + 3, dtype=torch.float64)
+        table = np.zeros((self.num_steps, self.num_steps + 3))
         for i, (state_weight, weights) in enumerate(self._weights):
-            u, w = self.conversion(i, prediction_type)
-            table[i, : i + 4] = torch.tensor([u, w, state_weight, *weights], dtype=torch.float64)
-        return table
+            table[i, : i + 4] = *self.conversion(i, prediction_type), state_weight, *weights
+        return torch.from_numpy(table)
 
     def reach(self, prediction_type: str) -> float:
         """
@@ -169,11 +168,11 @@ class SearchedSolver:
         Raises:
             ValueError: If an output says nothing of the frame's prediction at a node.
         """
-        n = self.num_steps
-        units, table = torch.eye(n + 1, dtype=torch.float64), self.update_table(prediction_type)
-        state, history, sizes = units[0], torch.zeros(n, n + 1, dtype=torch.float64), [torch.ones(())]
+        n, table = self.num_steps, self.update_table(prediction_type)
+        units, indices = torch.from_numpy(np.eye(n + 1)), torch.from_numpy(np.arange(n))
+        state, history, sizes = units[0], torch.zeros_like(units[1:]), [units[0, 0]]
         for i in range(n):
-            state, history = tensor_step(state, units[i + 1], history, torch.tensor([i]), table)
+            state, history = tensor_step(state, units[i + 1], history, indices[i : i + 1], table)
             sizes += [history[i].abs().sum(), state.abs().sum()]
         return float(torch.stack(sizes).max())
 
@@ -190,7 +189,7 @@ class SearchedSolver:
         if frame == self.frame:
             return self
         check_coefficients(replace(self, consistent=True))
-        n, units = self.num_steps, torch.eye(self.num_steps + 1, dtype=torch.float64)
+        n, units = self.num_steps, torch.from_numpy(np.eye(self.num_steps + 1))
         source, target = FRAME_PREDICTIONS[frame], FRAME_PREDICTIONS[self.frame]
         states, history = [units[0]], []
         for i in range(n):

@@ -58,7 +58,7 @@ def solver_from_scheduler(scheduler: SchedulerMixin, num_steps: int, mu: float |
     run = _Run(scheduler, num_steps, mu)
     try:
         # What draws noise draws it from here.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             numbers = torch.randn(num_steps + 1, 1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
             _check_repeats(run, numbers)
             solver = _tabulated(run)
