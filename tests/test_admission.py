@@ -94,7 +94,7 @@ def test_a_prediction_of_another_shape_than_the_state_is_refused(open_field):
         open_field(pipe, {"class_labels": [1, 2], "guidance_scale": 1.0}, [0, 1])
 
 
-@pytest.mark.parametrize("name", ["sd15_inpaint", "sd3_inpaint", "flux_inpaint", "sdxl_inpaint"])
+@pytest.mark.parametrize("name", ["sd15_inpaint", "sdxl_inpaint"])
 def test_an_inpainting_pipeline_runs_a_table_with_times_of_its_own_as_the_field_does(name, open_field):
     """What it keeps is noised to the level of the node, whatever time the network is called with."""
     inputs = {**inputs_of(name), "strength": 1.0}
@@ -239,9 +239,10 @@ def test_a_call_for_a_part_of_a_run_is_refused(name, steps):
         admit(build(name).pipe, [inputs_of(name)], [4])
 
 
-def test_an_image_that_is_noised_to_each_solvers_first_node_is_refused():
+@pytest.mark.parametrize("name", ["sd15_img2img", "flux_img2img", "flux_inpaint"])
+def test_an_image_that_is_noised_to_each_solvers_first_node_is_refused(name):
     with pytest.raises(UnsuitableCallError, match="noises to the level of a solver's first node"):
-        admit(build("sd15_img2img").pipe, [{**inputs_of("sd15_img2img"), "strength": 1.0}], [4])
+        admit(build(name).pipe, [{**inputs_of(name), "strength": 1.0}], [4])
 
 
 class CombinedPipeline(DiTPipeline):

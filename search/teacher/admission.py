@@ -105,10 +105,10 @@ def _check_noise(pipe, field: PipelineField, first: torch.Tensor, begins_anywher
             f"{name} begins at another state in a call of few steps than in a long one (shapes {tuple(first.shape)} "
             f"and {tuple(noise.shape)}), so no search can say where its runs end. Keep its own scheduler."
         )
-    if not begins_anywhere and field.process.alpha_sigma(field.process.max_timestep)[0] > 0:
+    if not begins_anywhere:
         raise UnsuitableCallError(
             f"{name} begins at an image that it noises to the level of a solver's first node, which differs from "
-            "solver to solver on this noise process. Search with its text-to-image sibling: its solver runs here too."
+            "solver to solver. Search with its text-to-image sibling: its solver runs here too."
         )
 
 
