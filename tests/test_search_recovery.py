@@ -13,7 +13,7 @@ from search import search_solver
 from search.fit.gauss_newton import gauss_newton_iteration
 from search.fit.parameters import SolverFamily
 from search.fit.strategy import start_grids
-from search.pipeline.field import NetworkCalls
+from search.pipeline.field import FieldError, NetworkCalls
 from search.pipeline.rollout import root_mean_square
 from search.teacher.batches import make_batches
 from search.teacher.cache import TeacherCache
@@ -67,8 +67,9 @@ def test_one_nan_in_a_search_is_an_error_or_costs_a_trial_and_is_never_in_the_ta
     with pipe.transformer.register_forward_hook(Spoil([round(share * (num_calls - 1))])):
         try:
             solver = search(pipe)
-        except ValueError as error:
-            assert "finite" in str(error)
+        except (ValueError, FieldError) as error:
+            # The first calls try whether a prediction is always the same.
+            assert "finite" in str(error) or "differs by 100%" in str(error)
         else:
             assert np.isfinite(tables(solver)).all()
 
@@ -131,7 +132,7 @@ def test_a_search_that_runs_out_of_memory_goes_on_with_halves(pipe, caplog):
 
 def test_memory_that_is_not_enough_for_one_sample_is_an_error(pipe):
     with pipe.transformer.register_forward_pre_hook(limit(0)):
-        with pytest.raises(RuntimeError, match="OutOfMemoryError: no more"):
+        with pytest.raises(RuntimeError, match="no more"):
             search(pipe)
 
 
