@@ -14,7 +14,7 @@ from diffusers_searched_solver.check import teacher_solver
 from search.fit import gauss_newton
 from search.fit.gauss_newton import gauss_newton_iteration
 from search.fit.parameters import SolverFamily
-from search.fit.strategy import start_grids
+from search.fit.starts import start_grids
 from search.known.baselines import known_tables
 from search.known.race import race_errors
 from search.launch.network_calls import NetworkCalls

@@ -12,7 +12,7 @@ from diffusers_searched_solver import SearchedSolver
 from search import search_solver
 from search.fit.gauss_newton import gauss_newton_iteration
 from search.fit.parameters import SolverFamily
-from search.fit.strategy import start_grids
+from search.fit.starts import start_grids
 from search.pipeline.field import FieldError, NetworkCalls
 from search.pipeline.rollout import root_mean_square
 from search.teacher.batches import make_batches

@@ -16,6 +16,9 @@ BASE_CALLS, CALLS_PER_CUBED_STEP = 8_500, 17
 TIMES_NOISES, FIRST_NOISES, LATER_NOISES = 4, 8, 16
 # Noises that judge, and that may where two solvers cannot be told apart.
 JUDGES, MOST_JUDGES = 16, 64
+# Where a few noises are much harder than others: noises, for as many times the usual calls, that are asked only when
+# all is done; and how far solvers that are asked lie on the way from where the best began to where it ended.
+CONFIRMING, WAYS = 32, (1.0, 0.7, 0.4)
 
 
 def default_calls(problem: Problem, num_steps: int) -> int:

@@ -29,7 +29,7 @@ from ..pipeline.rounding import rounding_error
 from ..teacher.batches import NO_CACHE, TEACHER_SHARE, Samples, in_parts, merged, pipeline_calls
 from ..teacher.cache import TeacherCache
 from ..teacher.noises import Noises
-from ..teacher.splits import JUDGING_SEEDS, TRAIN_SEEDS, make_noises, split_seeds
+from ..teacher.splits import CONFIRMING_SEEDS, JUDGING_SEEDS, TRAIN_SEEDS, make_noises, split_seeds
 from .parameters import FRAME
 
 
@@ -58,13 +58,14 @@ class Problem:
         process, prediction_type: Of the pipeline.
         rounding (`float`): Of its predictions.
         train, judging (`Noises`): To fit, and to judge what was fitted.
+        confirming (`Noises`): To ask once, when all is done.
         heavy (`bool`): Whether a few noises are much harder than others.
         num_variants (`int`): Guidance scales and sizes that the solver has to serve.
         teacher_steps (`int`): Of the run whose ends are the goal.
         teacher_error (`float`): Its own error, as far as runs of half its steps show.
         elements (`int`): Of a sample's state.
         calls_per_evaluation (`int`): Network calls of one evaluation of one sample, guidance included.
-        setup_calls (`int`): What all processes have spent until here, but for `train` and `judging`.
+        setup_calls (`int`): What all processes have spent until here, but for these noises.
     """
 
     config: Mapping
@@ -73,6 +74,7 @@ class Problem:
     rounding: float
     train: Noises
     judging: Noises
+    confirming: Noises
     heavy: bool
     num_variants: int
     teacher_steps: int
@@ -94,7 +96,7 @@ class Problem:
     @property
     def calls(self) -> int:
         """Network calls of all processes for the teacher and for trying it."""
-        return self.setup_calls + self.train.calls + self.judging.calls
+        return self.setup_calls + self.train.calls + self.judging.calls + self.confirming.calls
 
     def fingerprint(self) -> str:
         """A hash of the first noises and the teacher's ends of all processes."""
@@ -106,6 +108,7 @@ class Problem:
         """End the pipeline's calls."""
         self.train.close()
         self.judging.close()
+        self.confirming.close()
 
 
 def search_problem(
@@ -168,6 +171,7 @@ def search_problem(
         rounding,
         train,
         judging,
+        noises(CONFIRMING_SEEDS, teacher_steps),
         heavy,
         len({variant_of(condition) for condition in conditions}),
         teacher_steps,

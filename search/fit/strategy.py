@@ -7,20 +7,21 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from diffusers_searched_solver import NoiseProcess, SearchedSolver, time_grid
+from diffusers_searched_solver import SearchedSolver
 
 from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, at_other_steps, in_one_kind, known_tables
 from ..known.contest import Contest, score
-from ..known.race import RUNGS, Standing, best_of_families, gathered_weights, race
+from ..known.race import RUNGS, best_of_families, gathered_weights, race
 from ..launch.journal import Journal
 from ..launch.progress import Finding
 from ..pipeline.rollout import Batch, endpoint_errors, rollout, sample_errors
 from ..teacher.noises import Weights, portion_end
-from .budget import FIRST_NOISES, JUDGES, LATER_NOISES, MOST_JUDGES, TIMES_NOISES
+from .budget import CONFIRMING, FIRST_NOISES, JUDGES, LATER_NOISES, MOST_JUDGES, TIMES_NOISES, WAYS
 from .gauss_newton import MAX_TRIALS, gauss_newton_iteration
 from .outcome import Contender, Outcome
-from .parameters import FRAME, ORDER, SolverFamily
+from .parameters import FRAME, ORDER
 from .problem import Problem
+from .starts import best_of_kinds, make_family, start_grids
 
 
 # Contenders whose rank is more than this many times the best one's are not worth an iteration.
@@ -61,7 +62,8 @@ def fit_solver(
     3. The best of different kinds that are near to the best of all take one iteration over everything.
     4. The best of these takes as many more as there are calls for, each on fresh noises, on twice as many where what
        was fitted does not show on the noises that judge.
-    5. More noises judge until the best and the best that was known are told apart. If it is not better, that is it.
+    5. More noises judge until the best and the best that was known are told apart; where a few noises are much harder
+       than others, fresh ones choose between these and what lies between. If it is not better, the known one is it.
 
     Args:
         problem: What to fit.
@@ -121,9 +123,18 @@ class _Fit:
 
     @property
     def left(self) -> float:
-        """Evaluations of one sample that there are calls for."""
+        """Evaluations of one sample that there are calls for, but for those that the outcome is confirmed with."""
         spent = self.problem.calls + self.journal.spent - self.start
-        return (self.max_calls - spent) / self.problem.calls_per_evaluation
+        return (self.max_calls - spent) / self.problem.calls_per_evaluation - self._reserve
+
+    @property
+    def _reserve(self) -> int:
+        """Evaluations of one sample that confirming takes."""
+        if not self.problem.heavy:
+            return 0
+        count = self._many(CONFIRMING)
+        made = (count - self.problem.confirming.made) * self.problem.teacher_steps
+        return made + count * (1 + len(WAYS)) * self.num_steps
 
     def _iteration(self, noises: int, times_only: bool = False) -> int:
         """Evaluations of an iteration that makes the least trials, and of judging it."""
@@ -147,17 +158,18 @@ class _Fit:
         families = [make_family(self.problem, each.solver) for each in starts]
         starts = [replace(s, family=f, vector=f.start) for s, f in zip(starts, families, strict=True)]
         best = yield from self._improved([*starts, self._staged()])
-        yield self._decided(best)
+        yield self._confirmed(best) if self.problem.heavy else self._decided(best)
 
     def judge(self, solver: SearchedSolver) -> Outcome:
         """Judge a solver that was found otherwise."""
         self._raced()
-        return self._decided(self._judged("searched", solver))
+        judged = self._judged("searched", solver)
+        return self._confirmed(judged) if self.problem.heavy else self._decided(judged)
 
     def _raced(self) -> list[Contender]:
         """The best known tables of different kinds, on the noises that judge."""
         standings = race(self.tables, self.problem.train, self._many, self.journal.remember)
-        best = _best_of_kinds(standings, self.problem.factor)
+        best = best_of_kinds(standings, self.problem.factor)
         starts = [self._judged(str(table), table.solver) for table in best]
         # What follows from other step counts is a start, but nothing that anybody knew.
         self.tuned = best_of_families([each for each in standings if each.table.family not in (GIVEN, NEIGHBOUR)])
@@ -317,30 +329,38 @@ class _Fit:
             )
         return self._found(best, "decided")
 
+    def _confirmed(self, best: Contender) -> Outcome:
+        """
+        The outcome where a few noises are much harder than others. Whatever the noises that judge have chosen is better
+        there for having been chosen, and they may have none like the one that others will meet. So fresh ones, as they
+        come, choose once: between the best, solvers on the way to it, and the best that was known.
+        """
+        count = self._many(CONFIRMING)
+        batches = self.problem.confirming.between(0, count)
+        weights = gathered_weights(self.problem.confirming, 0, count)
+
+        def confirmed(contender: Contender) -> Contender:
+            errors = self.journal.remember(lambda: endpoint_errors(batches, contender.solver).tolist())
+            return replace(contender, errors=torch.tensor(errors).double(), weights=weights)
+
+        self.num_judges = count
+        self.known, contenders = confirmed(self.known), self._on_the_way(best)
+        return self._found(min([self.known, *map(confirmed, contenders)], key=self._rank), "confirmed")
+
+    def _on_the_way(self, best: Contender) -> list[Contender]:
+        """A contender, and solvers between where it began and where it is."""
+        if best.family is None:
+            return [] if best is self.known else [best]
+        found, start = [], best.family.start
+        for way in WAYS:
+            try:
+                solver = best.family.solver(best.family.entries(start + way * (best.vector - start)))
+            except ValueError:
+                continue  # two network times have changed places
+            found.append(replace(best, solver=solver))
+        return found
+
 
 def _shorter(start: int, stop: int) -> list[tuple[int, int]]:
     """Noises from one number to another, or to an earlier one."""
     return [(start, end) for end in range(stop, start, -FIRST_NOISES)]
-
-
-def _best_of_kinds(standings: Sequence[Standing], count: int) -> list[KnownTable]:
-    """The best of diffusers in rank and in root mean square, and the best of every other family."""
-    schedulers = [each for each in standings if each.table.from_diffusers]
-    furthest = [each for each in schedulers if len(each.errors) == len(schedulers[0].errors)]
-    best = [*furthest[:count], *sorted(furthest, key=lambda each: each.error)[:count]]
-    for family in (CLASSICAL, GIVEN, NEIGHBOUR):
-        best += [each for each in standings if each.table.family == family][:1]
-    return list({id(each.table): each.table for each in best}.values())
-
-
-def make_family(problem: Problem, known: SearchedSolver) -> SolverFamily:
-    """The solvers around a known one among which a search looks."""
-    offsets = problem.prediction_type != "flow_prediction"
-    return SolverFamily(problem.process, known, offsets, problem.rounding)
-
-
-def start_grids(process: NoiseProcess, num_steps: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The grids whose node times are searched, as `time_grid` has them."""
-    if process.kind == "flow_matching":
-        return [time_grid(process, num_steps, shift) for shift in (1.0, 1.5, 2.0)]
-    return [time_grid(process, num_steps, shift, start=0.9) for shift in (0.35, 0.7)]

@@ -1,4 +1,4 @@
-"""The splits of a search's noises: to fit, to judge, to tune and to measure, so that none has a sample of another."""
+"""The splits of a search's noises: to fit, judge, tune, measure and confirm. None has a sample of another."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from .noises import Noises
 
 
 # Where each split's seeds begin.
-TRAIN_SEEDS, JUDGING_SEEDS, TUNING_SEEDS, EVALUATION_SEEDS = 0, 10**6, 2 * 10**6, 3 * 10**6
+TRAIN_SEEDS, JUDGING_SEEDS, TUNING_SEEDS, EVALUATION_SEEDS, CONFIRMING_SEEDS = (k * 10**6 for k in range(5))
 MOST_NOISES = 4096
 
 

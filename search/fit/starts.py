@@ -1,0 +1,35 @@
+"""Where a search begins: the best known tables of different kinds, and grids whose node times are searched first."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from diffusers_searched_solver import NoiseProcess, SearchedSolver, time_grid
+
+from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable
+from ..known.race import Standing
+from .parameters import SolverFamily
+from .problem import Problem
+
+
+def best_of_kinds(standings: Sequence[Standing], count: int) -> list[KnownTable]:
+    """The best of diffusers in rank and in root mean square, and the best of every other family."""
+    schedulers = [each for each in standings if each.table.from_diffusers]
+    furthest = [each for each in schedulers if len(each.errors) == len(schedulers[0].errors)]
+    best = [*furthest[:count], *sorted(furthest, key=lambda each: each.error)[:count]]
+    for family in (CLASSICAL, GIVEN, NEIGHBOUR):
+        best += [each for each in standings if each.table.family == family][:1]
+    return list({id(each.table): each.table for each in best}.values())
+
+
+def make_family(problem: Problem, known: SearchedSolver) -> SolverFamily:
+    """The solvers around a known one among which a search looks."""
+    offsets = problem.prediction_type != "flow_prediction"
+    return SolverFamily(problem.process, known, offsets, problem.rounding)
+
+
+def start_grids(process: NoiseProcess, num_steps: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The grids whose node times are searched, as `time_grid` has them."""
+    if process.kind == "flow_matching":
+        return [time_grid(process, num_steps, shift) for shift in (1.0, 1.5, 2.0)]
+    return [time_grid(process, num_steps, shift, start=0.9) for shift in (0.35, 0.7)]
