@@ -1,15 +1,23 @@
 """Where a search begins: the best known tables of different kinds, and grids whose node times are searched first."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from diffusers_searched_solver import NoiseProcess, SearchedSolver, time_grid
 
-from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable
+from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, at_other_steps, in_one_kind
 from ..known.race import Standing
 from .parameters import SolverFamily
 from .problem import Problem
+
+
+def given_tables(given: Mapping[int, SearchedSolver], process: NoiseProcess, num_steps: int) -> list[KnownTable]:
+    """Of solvers by number of steps, that of these, or what those of others say of these."""
+    if num_steps in given:
+        return [KnownTable(GIVEN, "", in_one_kind(given[num_steps]), False)]
+    tables = {count: in_one_kind(at_other_steps(solver, process, num_steps)) for count, solver in given.items()}
+    return [KnownTable(NEIGHBOUR, f"of {count} steps", table, False) for count, table in tables.items()]
 
 
 def best_of_kinds(standings: Sequence[Standing], count: int) -> list[KnownTable]:

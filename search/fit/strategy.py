@@ -9,7 +9,7 @@ import torch
 
 from diffusers_searched_solver import SearchedSolver
 
-from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, at_other_steps, in_one_kind, known_tables
+from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, known_tables
 from ..known.contest import Contest, score
 from ..known.race import RUNGS, best_of_families, gathered_weights, race
 from ..launch.journal import Journal
@@ -21,7 +21,7 @@ from .gauss_newton import MAX_TRIALS, gauss_newton_iteration
 from .outcome import Contender, Outcome
 from .parameters import FRAME, ORDER
 from .problem import Problem
-from .starts import best_of_kinds, make_family, start_grids
+from .starts import best_of_kinds, given_tables, make_family, start_grids
 
 
 # Contenders whose rank is more than this many times the best one's are not worth an iteration.
@@ -89,7 +89,7 @@ class _Fit:
         self.problem, self.num_steps, self.max_calls = problem, num_steps, max_calls
         self.journal, self.tell, self.start = journal, tell, journal.spent
         self.num_judges = portion_end(problem.judges_factor * JUDGES)
-        self.tables = [*known_tables(problem.config, num_steps), *self._given(given)]
+        self.tables = [*known_tables(problem.config, num_steps), *given_tables(given, problem.process, num_steps)]
         self._check_budget()
 
     def _many(self, noises: int) -> int:
@@ -99,14 +99,6 @@ class _Fit:
     def _enough(self, noises: int) -> int:
         """As many, or as many as have a few residuals for every number of a table: states of toys are so small."""
         return max(self._many(noises), portion_end(math.ceil(RESIDUALS * self.num_steps**2 / self.problem.elements)))
-
-    def _given(self, given: Mapping[int, SearchedSolver]) -> list[KnownTable]:
-        """Those of these steps, or what those of others say of these."""
-        if self.num_steps in given:
-            return [KnownTable(GIVEN, "", in_one_kind(given[self.num_steps]), False)]
-        process, steps = self.problem.process, self.num_steps
-        tables = {count: in_one_kind(at_other_steps(solver, process, steps)) for count, solver in given.items()}
-        return [KnownTable(NEIGHBOUR, f"of {count} steps", table, False) for count, table in tables.items()]
 
     def _check_budget(self):
         first = self._enough(FIRST_NOISES)
@@ -331,8 +323,8 @@ class _Fit:
 
     def _confirmed(self, best: Contender) -> Outcome:
         """
-        The outcome where a few noises are much harder than others. Whatever the noises that judge have chosen is better
-        there for having been chosen, and they may have none like the one that others will meet. So fresh ones, as they
+        The outcome where a few noises are much harder than others. What the noises that judge have chosen is better on
+        them for having been chosen, and they may have none like the one that others will meet. So fresh ones, as they
         come, choose once: between the best, solvers on the way to it, and the best that was known.
         """
         count = self._many(CONFIRMING)
