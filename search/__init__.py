@@ -1,9 +1,9 @@
 """The search for solvers: `accelerate launch search/run.py`, or `search_solver` and `measure` from Python."""
 
+from .api import measure
 from .fit.find import find_solver, search_solver
 from .fit.outcome import Outcome
 from .results.record import Report
-from .session import measure
 
 
 __all__ = ["Outcome", "Report", "find_solver", "measure", "search_solver"]

@@ -4,13 +4,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from pathlib import Path
 
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from pydantic import TypeAdapter
 
-from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, SolverFile
+from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler
 
 from .earlier import Earlier
 from .fit.budget import default_calls
@@ -27,7 +26,7 @@ from .launch.processes import agree
 from .launch.progress import DRAWING, IMAGES, MEASURING, TEACHER, Finding, Progress
 from .measure.evaluate import SEARCHED
 from .measure.feature_network import FeatureNetwork
-from .measure.image_metrics import ImageMetrics, format_metrics, load_feature_network, measure_images
+from .measure.image_metrics import ImageMetrics, format_metrics, measure_images
 from .measure.measuring import Evaluation, Measurement, final_numbers
 from .pipeline.field import PipelineField
 from .pipeline.loading import hub_repository
@@ -308,45 +307,3 @@ class Session:
             told, report = draw(self.pipe, self.conditions, solvers, report, *of_drawing)
             progress.write(told)
         return report
-
-
-def measure(
-    pipe: DiffusionPipeline,
-    solver: SearchedSolver | SolverFile | SearchedSolverScheduler,
-    conditions: Sequence[Mapping],
-    output_dir: str | Path,
-    name: str | None = None,
-    **settings,
-) -> Report:
-    """
-    Measure solvers of a pipeline, whoever prepared it, beside everything that is known, and write `report.html`.
-
-        report = measure(pipe, outcome.solver, [{"class_labels": [k]} for k in range(10)], "out")
-        print(report.verdicts[8])
-
-    Args:
-        pipe: Any pipeline: your own class, with a LoRA, quantised.
-        solver: One table, or the tables of several step counts.
-        conditions: As in [`find_solver`].
-        output_dir: Where the solver and the report are written.
-        name (`str`, *optional*): What the report calls the pipeline; by default where it was loaded from.
-        settings: Of `Settings`: `measure`, `num_eval_samples`, `image_metrics`, `teacher_steps`, `batch_size`, `seed`.
-
-    Returns:
-        `Report`: What was found: rows by number of steps in `evaluation.results`, sentences in `verdicts`.
-
-    Raises:
-        ValueError: If a setting is out of range, or the solver is for another kind of process.
-    """
-    name = name or str(getattr(pipe.config, "_name_or_path", None) or type(pipe).__name__)
-    settings = Settings(pipeline=name, output_dir=Path(output_dir), evaluate_only=True, solver="given", **settings)
-    given = solver.solver_file if isinstance(solver, SearchedSolverScheduler) else solver
-    file = SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=given).solver_file
-    network = load_feature_network(pipe, conditions[0], settings.of_images)
-    session = Session(pipe, conditions, settings, "search.measure(...)", network, lambda *_: None)
-    report = heading(pipe, conditions, settings)
-    stages = {MEASURING: 0, IMAGES: 0, DRAWING: 0}
-    try:
-        return session.evaluate(report, dict(file.solvers), dict(file.provenance), None, stages)
-    finally:
-        session.calls.remove()

@@ -8,6 +8,7 @@ from diffusers_searched_solver import NoiseProcess, SearchedSolver, time_grid
 
 from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, at_other_steps, in_one_kind
 from ..known.race import Standing
+from .budget import FIRST_NOISES
 from .parameters import SolverFamily
 from .problem import Problem
 
@@ -41,3 +42,8 @@ def start_grids(process: NoiseProcess, num_steps: int) -> list[tuple[np.ndarray,
     if process.kind == "flow_matching":
         return [time_grid(process, num_steps, shift) for shift in (1.0, 1.5, 2.0)]
     return [time_grid(process, num_steps, shift, start=0.9) for shift in (0.35, 0.7)]
+
+
+def shorter(start: int, stop: int) -> list[tuple[int, int]]:
+    """Noises from one number to another, or to an earlier one."""
+    return [(start, end) for end in range(stop, start, -FIRST_NOISES)]

@@ -21,15 +21,17 @@ from .gauss_newton import MAX_TRIALS, gauss_newton_iteration
 from .outcome import Contender, Outcome
 from .parameters import FRAME, ORDER
 from .problem import Problem
-from .starts import best_of_kinds, given_tables, make_family, start_grids
+from .starts import best_of_kinds, given_tables, make_family, shorter, start_grids
 
 
 # Contenders whose rank is more than this many times the best one's are not worth an iteration.
 CLOSE = 1.6
 # Samples weigh 1 / error of the best known solver, but no more than if it were this share of the usual one.
-LEAST_KNOWN = 0.01
+LEAST_SHARE = 0.01
 # Residuals that there are at least for the squared number of steps, about as many as numbers of a table.
 RESIDUALS = 4
+# Known tables of different kinds that there usually are.
+KNOWN = 5
 # Trials that an iteration makes at least, and more where there are calls for them; those of one over node times.
 LEAST_TRIALS, TIMES_TRIALS = 3, 5
 
@@ -66,11 +68,9 @@ def fit_solver(
        than others, fresh ones choose between these and what lies between. If it is not better, the known one is it.
 
     Args:
-        problem: What to fit.
-        num_steps (`int`): N.
+        problem, num_steps: What to fit, and N.
         max_calls (`int`): Network calls, those of `problem` included.
-        journal: Knows what an interrupted search has done already.
-        tell: Is told what every stage has found.
+        journal, tell: Know what an interrupted search has done already; is told what every stage has found.
         given: Solvers to begin from, by number of steps.
 
     Yields:
@@ -126,7 +126,7 @@ class _Fit:
             return 0
         count = self._many(CONFIRMING)
         made = (count - self.problem.confirming.made) * self.problem.teacher_steps
-        return made + count * (1 + len(WAYS)) * self.num_steps
+        return made + count * (KNOWN + len(WAYS)) * self.num_steps
 
     def _iteration(self, noises: int, times_only: bool = False) -> int:
         """Evaluations of an iteration that makes the least trials, and of judging it."""
@@ -165,10 +165,16 @@ class _Fit:
         starts = [self._judged(str(table), table.solver) for table in best]
         # What follows from other step counts is a start, but nothing that anybody knew.
         self.tuned = best_of_families([each for each in standings if each.table.family not in (GIVEN, NEIGHBOUR)])
-        known = [each for each, table in zip(starts, best, strict=True) if table.family != NEIGHBOUR]
-        self.known = min(known, key=lambda contender: score(contender.errors, contender.weights))
-        self.best_known = next(table for table in best if table.solver is self.known.solver)
+        self.all_known = [(each, t) for each, t in zip(starts, best, strict=True) if t.family != NEIGHBOUR]
+        self.known, self.best_known = min(self.all_known, key=lambda pair: self._measure_of_known(pair[0]))
         return starts
+
+    def _measure_of_known(self, known: Contender) -> float:
+        """
+        Where a few noises are much harder than others, known solvers differ most in these, and one that is better on
+        many others is not the one to beat.
+        """
+        return known.error if self.problem.heavy else score(known.errors, known.weights)
 
     def _judged(self, name: str, solver: SearchedSolver, family=None, vector=None) -> Contender:
         """A contender with its errors on the noises that judge."""
@@ -180,8 +186,8 @@ class _Fit:
     def _contest(self, contender: Contender) -> Contest:
         return Contest.of(contender.errors, self.known.errors, contender.weights)
 
-    def _rank(self, contender: Contender) -> float:
-        return self._contest(contender).rank(strict=self.problem.heavy)
+    def _rank(self, each: Contender) -> float:
+        return self._contest(each).rank(strict=self.problem.heavy)
 
     def _judge_of_steps(self) -> Callable[[SearchedSolver], float] | None:
         """
@@ -242,7 +248,7 @@ class _Fit:
 
     def _known_errors(self, batches: Sequence[Batch], weights: Weights) -> list[torch.Tensor]:
         """The best known solver's error on every sample of each batch, over what the sample weighs."""
-        least, solver = LEAST_KNOWN * self.known.error, self.known.solver
+        least, solver = LEAST_SHARE * self.known.error, self.known.solver
         errors = [sample_errors(rollout(batch.field, solver), batch.target) for batch in batches]
         errors = [each.nan_to_num(np.inf, posinf=np.inf).clamp(max(least, 1e-12)) for each in errors]
         return [each / weights.of(batch) for each, batch in zip(errors, batches, strict=True)]
@@ -266,7 +272,7 @@ class _Fit:
         best take one, on the same noises; in the next there is one of them less.
         """
         best, racing = min([self.known, *contenders], key=self._rank), list(contenders)
-        window, repeated = self._affordable(_shorter(0, self._enough(FIRST_NOISES))), False
+        window, repeated = self._affordable(shorter(0, self._enough(FIRST_NOISES))), False
         while window:
             start, stop = window
             racing = sorted(racing, key=self._rank)
@@ -298,7 +304,7 @@ class _Fit:
         size = self._enough(LATER_NOISES)
         first = [(0, size)] if stop < size else []
         end = size if first else portion_end(stop + (2 if fits_only else 1) * (stop - start))
-        return [*first, *_shorter(stop, end), (start, stop)]
+        return [*first, *shorter(stop, end), (start, stop)]
 
     def _affordable(self, windows: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
         """The first of these that there are calls for."""
@@ -335,14 +341,16 @@ class _Fit:
             errors = self.journal.remember(lambda: endpoint_errors(batches, contender.solver).tolist())
             return replace(contender, errors=torch.tensor(errors).double(), weights=weights)
 
-        self.num_judges = count
-        self.known, contenders = confirmed(self.known), self._on_the_way(best)
-        return self._found(min([self.known, *map(confirmed, contenders)], key=self._rank), "confirmed")
+        known = [(each, confirmed(each), table) for each, table in self.all_known]
+        _, fresh, self.best_known = min(known, key=lambda each: np.hypot(each[0].error, each[1].error))
+        contenders = [] if best is self.known else self._on_the_way(best)
+        self.num_judges, self.known = count, fresh
+        return self._found(min([fresh, *map(confirmed, contenders)], key=self._rank), "confirmed")
 
     def _on_the_way(self, best: Contender) -> list[Contender]:
         """A contender, and solvers between where it began and where it is."""
         if best.family is None:
-            return [] if best is self.known else [best]
+            return [best]
         found, start = [], best.family.start
         for way in WAYS:
             try:
@@ -351,8 +359,3 @@ class _Fit:
                 continue  # two network times have changed places
             found.append(replace(best, solver=solver))
         return found
-
-
-def _shorter(start: int, stop: int) -> list[tuple[int, int]]:
-    """Noises from one number to another, or to an earlier one."""
-    return [(start, end) for end in range(stop, start, -FIRST_NOISES)]
