@@ -12,6 +12,7 @@ from .measure.image_metrics import load_feature_network
 from .results.record import Report
 from .session import Session, heading
 from .settings import Settings
+from .teacher.admission import admit
 
 
 def measure(
@@ -41,11 +42,13 @@ def measure(
 
     Raises:
         ValueError: If a setting is out of range, or the solver is for another kind of process.
+        UnsuitableCallError, FieldError: If the pipeline's call would not run the solver, or not all of it.
     """
     name = name or str(getattr(pipe.config, "_name_or_path", None) or type(pipe).__name__)
     settings = Settings(pipeline=name, output_dir=Path(output_dir), evaluate_only=True, solver="given", **settings)
     given = solver.solver_file if isinstance(solver, SearchedSolverScheduler) else solver
     file = SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=given).solver_file
+    conditions = admit(pipe, conditions, file.step_counts)
     network = load_feature_network(pipe, conditions[0], settings.of_images)
     session = Session(pipe, conditions, settings, "search.measure(...)", network, lambda *_: None)
     report = heading(pipe, conditions, settings)

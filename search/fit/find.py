@@ -43,7 +43,7 @@ def find_solver(
     teacher_steps: int = TEACHER_STEPS,
     batch_size: int = BATCH_SIZE,
     given: SolverFile | None = None,
-    log: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] | None = print,
 ) -> Outcome:
     """
     Search a solver for a pipeline by damped Gauss-Newton steps, from the best that is known;
@@ -61,7 +61,7 @@ def find_solver(
             error is small against that of the solvers.
         batch_size (`int`): Samples in one call of the pipeline.
         given (`SolverFile`, *optional*): Further solvers to begin from, for the same kind of noise process.
-        log: Is given lines that say what the search has found so far.
+        log: Is given lines that say what the search has found so far; None is silent.
 
     Returns:
         `Outcome`: The solver, and what it is worth.
@@ -74,13 +74,14 @@ def find_solver(
     check_settings([num_steps], conditions, teacher_steps, batch_size)
     conditions = admit(pipe, conditions, [num_steps])
     others = given_solvers(pipe, given)
+    say = log or (lambda line: None)
     calls = NetworkCalls(pipe)
     problem = None
     try:
         problem = search_problem(pipe, conditions, [num_steps], seed, teacher_steps, batch_size, calls)
         journal, budget = Journal(calls), default_calls(problem, num_steps) if max_calls is None else max_calls
-        *_, outcome = fit_solver(problem, num_steps, budget, journal, lambda found: log(str(found)), others)
-        log(outcome.verdict)
+        *_, outcome = fit_solver(problem, num_steps, budget, journal, lambda found: say(str(found)), others)
+        say(outcome.verdict)
         return outcome
     finally:
         calls.remove()

@@ -57,7 +57,8 @@ class Progress:
         """Say that this stage begins; those before it are finished, whatever was expected of them."""
         while next(iter(self._to_come)) != stage:
             self._to_come.pop(next(iter(self._to_come)))
-        self.write(f"{stage}: about {self._to_come[stage]:,} network calls to come")
+        calls = self._to_come[stage]
+        self.write(f"{stage}: about {calls:,} network calls to come" if calls else stage)
         # Each process has its share of the samples.
         self._bar.total = self._bar.n + sum(self._to_come.values()) // PartialState().num_processes
         self._bar.set_description(stage)
