@@ -30,8 +30,6 @@ CLOSE = 1.6
 LEAST_SHARE = 0.01
 # Residuals that there are at least for the squared number of steps, about as many as numbers of a table.
 RESIDUALS = 4
-# Known tables of different kinds that there usually are.
-KNOWN = 5
 # Trials that an iteration makes at least, and more where there are calls for them; those of one over node times.
 LEAST_TRIALS, TIMES_TRIALS = 3, 5
 
@@ -126,7 +124,7 @@ class _Fit:
             return 0
         count = self._many(CONFIRMING)
         made = (count - self.problem.confirming.made) * self.problem.teacher_steps
-        return made + count * (KNOWN + len(WAYS)) * self.num_steps
+        return made + count * (1 + len(WAYS)) * self.num_steps
 
     def _iteration(self, noises: int, times_only: bool = False) -> int:
         """Evaluations of an iteration that makes the least trials, and of judging it."""
@@ -165,16 +163,9 @@ class _Fit:
         starts = [self._judged(str(table), table.solver) for table in best]
         # What follows from other step counts is a start, but nothing that anybody knew.
         self.tuned = best_of_families([each for each in standings if each.table.family not in (GIVEN, NEIGHBOUR)])
-        self.all_known = [(each, t) for each, t in zip(starts, best, strict=True) if t.family != NEIGHBOUR]
-        self.known, self.best_known = min(self.all_known, key=lambda pair: self._measure_of_known(pair[0]))
+        known = [(each, table) for each, table in zip(starts, best, strict=True) if table.family != NEIGHBOUR]
+        self.known, self.best_known = min(known, key=lambda pair: score(pair[0].errors, pair[0].weights))
         return starts
-
-    def _measure_of_known(self, known: Contender) -> float:
-        """
-        Where a few noises are much harder than others, known solvers differ most in these, and one that is better on
-        many others is not the one to beat.
-        """
-        return known.error if self.problem.heavy else score(known.errors, known.weights)
 
     def _judged(self, name: str, solver: SearchedSolver, family=None, vector=None) -> Contender:
         """A contender with its errors on the noises that judge."""
@@ -205,16 +196,16 @@ class _Fit:
 
         return rank
 
-    def _found(self, best: Contender, stage: str) -> Outcome:
+    def _found(self, best: Contender, stage: str, lenient: bool = False) -> Outcome:
         calls = self.problem.calls + self.journal.spent - self.start
         contest = self._contest(best)
         numbers = {"judged error": best.error, "ratio": contest.ratio, "geometric mean": contest.geometric_mean}
         self.tell(Finding(self.num_steps, f"{stage} ({best.name})", {**numbers, "network calls": calls}))
-        return self._outcome(best)
+        return self._outcome(best, lenient or not self.problem.heavy)
 
-    def _outcome(self, best: Contender) -> Outcome:
+    def _outcome(self, best: Contender, lenient: bool) -> Outcome:
         contest = self._contest(best)
-        if not (contest.is_better if self.problem.heavy else contest.may_be_better):
+        if not (contest.may_be_better if lenient else contest.is_better):
             return Outcome(self.best_known.solver, self.best_known, None, self.num_judges, self.tuned)
         return Outcome(best.solver, self.best_known, contest, self.num_judges, self.tuned)
 
@@ -341,11 +332,11 @@ class _Fit:
             errors = self.journal.remember(lambda: endpoint_errors(batches, contender.solver).tolist())
             return replace(contender, errors=torch.tensor(errors).double(), weights=weights)
 
-        known = [(each, confirmed(each), table) for each, table in self.all_known]
-        _, fresh, self.best_known = min(known, key=lambda each: np.hypot(each[0].error, each[1].error))
         contenders = [] if best is self.known else self._on_the_way(best)
-        self.num_judges, self.known = count, fresh
-        return self._found(min([fresh, *map(confirmed, contenders)], key=self._rank), "confirmed")
+        self.num_judges, self.known = count, confirmed(self.known)
+        better = [each for each in map(confirmed, contenders) if self._contest(each).may_be_better]
+        chosen = min([self.known, *better], key=lambda each: self._contest(each).rank(strict=False))
+        return self._found(chosen, "confirmed", lenient=True)
 
     def _on_the_way(self, best: Contender) -> list[Contender]:
         """A contender, and solvers between where it began and where it is."""
