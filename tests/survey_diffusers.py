@@ -30,6 +30,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import hub_stand_ins
 import torch
 from diffusers import DiffusionPipeline
@@ -214,7 +215,13 @@ def _in_time(module: str, name: str, limit: float) -> Verdict | None:
 
 def markdown(verdicts: list[Verdict]) -> str:
     """The table: pipelines by what became of them."""
-    lines = [", ".join(f"{count} {status}" for status, count in _counts(verdicts).items()), ""]
+    lines = [
+        "Made by `python tests/survey_diffusers.py CHECKOUT --output examples/results/pipelines.md` with diffusers "
+        f"{diffusers.__version__}, from the arguments and tiny networks of diffusers' own tests.",
+        "",
+        ", ".join(f"{count} {status}" for status, count in _counts(verdicts).items()),
+        "",
+    ]
     lines += ["| pipeline | scheduler | | why |", "|---|---|---|---|"]
     order = [WRONG, CRASHED, RIGHT, REFUSED, NOT_TRIED]
     for each in sorted(verdicts, key=lambda each: (order.index(each.status), each.pipeline)):
