@@ -66,7 +66,6 @@ class Verdict:
     status: str
     why: str = ""
     pipeline: str = ""
-    scheduler: str = ""
 
 
 def survey(pipe: DiffusionPipeline, inputs: Mapping) -> Verdict:
@@ -76,19 +75,19 @@ def survey(pipe: DiffusionPipeline, inputs: Mapping) -> Verdict:
     Args:
         inputs: Keyword arguments of its call for one sample, without `generator` and `num_inference_steps`.
     """
-    names = type(pipe).__name__, type(getattr(pipe, "scheduler", None)).__name__
+    name = type(pipe).__name__
     try:
         pipe(**inputs, num_inference_steps=NUM_STEPS, generator=torch.Generator().manual_seed(0))
     except Exception as error:
-        return Verdict(NOT_TRIED, _line(error), *names)
+        return Verdict(NOT_TRIED, _line(error), name)
     try:
-        return Verdict(*_compare(pipe, inputs), *names)
+        return Verdict(*_compare(pipe, inputs), name)
     except (FieldError, UnsuitableCallError) as error:
-        return Verdict(REFUSED, _line(error), *names)
+        return Verdict(REFUSED, _line(error), name)
     except Exception as error:
         last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         ours = isinstance(error, (ValueError, NotImplementedError)) and {*OUR_FOLDERS} & {*last.parts}
-        return Verdict(REFUSED if ours else CRASHED, _line(error), *names)
+        return Verdict(REFUSED if ours else CRASHED, _line(error), name)
 
 
 def _compare(pipe, inputs: Mapping) -> tuple[str, str]:
@@ -222,11 +221,11 @@ def markdown(verdicts: list[Verdict]) -> str:
         ", ".join(f"{count} {status}" for status, count in _counts(verdicts).items()),
         "",
     ]
-    lines += ["| pipeline | scheduler | | why |", "|---|---|---|---|"]
+    lines += ["| pipeline | | why |", "|---|---|---|"]
     order = [WRONG, CRASHED, RIGHT, REFUSED, NOT_TRIED]
     for each in sorted(verdicts, key=lambda each: (order.index(each.status), each.pipeline)):
         why = each.why.replace("|", "\\|")
-        lines.append(f"| {each.pipeline} | {each.scheduler} | {each.status} | {why} |")
+        lines.append(f"| {each.pipeline} | {each.status} | {why} |")
     return "\n".join(lines) + "\n"
 
 

@@ -51,7 +51,7 @@ def test_cases_are_classes_of_tests_that_name_a_pipeline(tmp_path):
 
 
 def test_the_table_counts_and_puts_what_is_wrong_first():
-    verdicts = [Verdict(RIGHT, "", "A", "S"), Verdict(CRASHED, "a|b", "B", "S"), Verdict(WRONG, "c", "C", "S")]
+    verdicts = [Verdict(RIGHT, "", "A"), Verdict(CRASHED, "a|b", "B"), Verdict(WRONG, "c", "C")]
     lines = markdown(verdicts).splitlines()
     assert lines[2] == "1 right, 1 crashed, 1 wrong"
-    assert lines[6:] == ["| C | S | wrong | c |", "| B | S | crashed | a\\|b |", "| A | S | right |  |"]
+    assert lines[6:] == ["| C | wrong | c |", "| B | crashed | a\\|b |", "| A | right |  |"]
