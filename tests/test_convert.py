@@ -375,7 +375,7 @@ def test_the_commands_in_the_error_for_a_name_make_the_pipeline_of_that_name(nam
 def test_the_readme_has_the_commands_of_the_error():
     with pytest.raises(ValueError) as raised:
         load_pipeline("SiT-XL-2-256", torch.float32, torch.device("cpu"))
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parent.parent / "search" / "README.md").read_text()
     for command in str(raised.value).splitlines()[1:]:
         assert command.strip() in readme.splitlines()
 

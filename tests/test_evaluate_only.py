@@ -49,6 +49,7 @@ def test_two_processes_measure_again_what_one_has_measured_bit_for_bit(searched,
     commands = [report["evaluation"].pop("command") for report in (before, after)]
     processes = [report.pop("processes") for report in (before, after)]
     assert processes == [1, 2]
+    assert all(report.pop("seconds_per_image") for report in (before, after))
     assert after == before
     assert len(after["evaluation"]["image_metrics"]["results"]["2"]) == 10
     assert commands[0] == after["search"]["command"] != commands[1]
