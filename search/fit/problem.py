@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,22 +142,9 @@ def search_problem(
         return _stratified(seeds, _disagreements(pipe, conditions, seeds, batch_size, calls), spacing)
 
     of_train = screened(TRAIN_SEEDS, SCREENED, HARD // 2)
-    train = noises(TRAIN_SEEDS, teacher_steps, *of_train)
-    coarse = _ends(train, teacher_solver(own.process, teacher_steps // 2))
+    found = _good_teacher(lambda s: noises(TRAIN_SEEDS, s, *of_train), own.process, teacher_steps, max(step_counts))
+    train, teacher_steps, error = found
     per_evaluation = agree(_calls_per_evaluation(train, calls) if PartialState().is_main_process else None)
-    goal = TEACHER_SHARE * _best_rival(train, own.process, max(step_counts))
-    while (error := _distance(train, coarse) / HALVED) > goal and teacher_steps < MOST_TEACHER_STEPS:
-        coarse = [batch.target for batch in train.between(0, TEACHER_NOISES)]
-        train.close()
-        teacher_steps *= 2
-        train = noises(TRAIN_SEEDS, teacher_steps, *of_train)
-        train.between(0, TEACHER_NOISES)
-    if error > goal:
-        logger.warning(
-            f"The teacher's own error is {error:.3g} at {teacher_steps} steps, more than a tenth of the "
-            f"{goal / TEACHER_SHARE:.3g} of a usual solver of {max(step_counts)} steps: the solver may be fitted to "
-            "its mistakes. Search for fewer steps, or at a lower guidance scale."
-        )
     first = train.between(0, 1)
     rounding = agree(rounding_error(first[0].field) if PartialState().is_main_process else None)
     elements = agree(first[0].field.noise[0].numel() if PartialState().is_main_process else None)
@@ -180,6 +167,28 @@ def search_problem(
         per_evaluation,
         setup,
     )
+
+
+def _good_teacher(
+    make: Callable[[int], Noises], process: NoiseProcess, teacher_steps: int, most_steps: int
+) -> tuple[Noises, int, float]:
+    """Noises with the ends of a teacher whose own error is small beside a usual solver's, its steps and that error."""
+    train = make(teacher_steps)
+    coarse = _ends(train, teacher_solver(process, teacher_steps // 2))
+    goal = TEACHER_SHARE * _best_rival(train, process, most_steps)
+    while (error := _distance(train, coarse) / HALVED) > goal and teacher_steps < MOST_TEACHER_STEPS:
+        coarse = [batch.target for batch in train.between(0, TEACHER_NOISES)]
+        train.close()
+        teacher_steps *= 2
+        train = make(teacher_steps)
+        train.between(0, TEACHER_NOISES)
+    if error > goal:
+        logger.warning(
+            f"The teacher's own error is {error:.3g} at {teacher_steps} steps, more than a tenth of the "
+            f"{goal / TEACHER_SHARE:.3g} of a usual solver of {most_steps} steps: the solver may be fitted to its "
+            "mistakes. Search for fewer steps, or at a lower guidance scale."
+        )
+    return train, teacher_steps, error
 
 
 def setup_evaluations(teacher_steps: int, most_steps: int) -> int:

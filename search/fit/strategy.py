@@ -36,11 +36,8 @@ LEAST_TRIALS, TIMES_TRIALS = 3, 5
 
 def judge_solver(problem: Problem, solver: SearchedSolver, journal: Journal, tell=lambda found: None) -> Outcome:
     """
-    The outcome of a search that was made otherwise: the solver, or the best that is known if it is not better.
-
-    Args:
-        problem: Noises to race the known tables on, and to judge.
-        journal, tell: As in `fit_solver`.
+    The outcome of a search that was made otherwise: the solver, or the best that is known if it is not better. Arguments
+    as in `fit_solver`.
     """
     return _Fit(problem, solver.num_steps, np.inf, journal, tell, {}).judge(solver)
 
@@ -69,7 +66,7 @@ def fit_solver(
         problem, num_steps: What to fit, and N.
         max_calls (`int`): Network calls, those of `problem` included.
         journal, tell: Know what an interrupted search has done already; is told what every stage has found.
-        given: Solvers to begin from, by number of steps.
+        given: By number of steps.
 
     Yields:
         `Outcome`: Ever better ones; the last is decided.
@@ -148,13 +145,12 @@ class _Fit:
         families = [make_family(self.problem, each.solver) for each in starts]
         starts = [replace(s, family=f, vector=f.start) for s, f in zip(starts, families, strict=True)]
         best = yield from self._improved([*starts, self._staged()])
-        yield self._confirmed(best) if self.problem.heavy else self._decided(best)
+        yield self._decided(best)
 
     def judge(self, solver: SearchedSolver) -> Outcome:
         """Judge a solver that was found otherwise."""
         self._raced()
-        judged = self._judged("searched", solver)
-        return self._confirmed(judged) if self.problem.heavy else self._decided(judged)
+        return self._decided(self._judged("searched", solver))
 
     def _raced(self) -> list[Contender]:
         """The best known tables of different kinds, on the noises that judge."""
@@ -174,8 +170,8 @@ class _Fit:
         weights = gathered_weights(self.problem.judging, 0, self.num_judges)
         return Contender(name, solver, errors.double(), weights, family, vector)
 
-    def _contest(self, contender: Contender) -> Contest:
-        return Contest.of(contender.errors, self.known.errors, contender.weights)
+    def _contest(self, each: Contender) -> Contest:
+        return Contest.of(each.errors, self.known.errors, each.weights)
 
     def _rank(self, each: Contender) -> float:
         return self._contest(each).rank(strict=self.problem.heavy)
@@ -198,16 +194,16 @@ class _Fit:
 
     def _found(self, best: Contender, stage: str, lenient: bool = False) -> Outcome:
         calls = self.problem.calls + self.journal.spent - self.start
-        contest = self._contest(best)
-        numbers = {"judged error": best.error, "ratio": contest.ratio, "geometric mean": contest.geometric_mean}
-        self.tell(Finding(self.num_steps, f"{stage} ({best.name})", {**numbers, "network calls": calls}))
+        ratios = {"ratio": self._contest(best).ratio, "geometric mean": self._contest(best).geometric_mean}
+        numbers = {"judged error": best.error, **ratios, "network calls": calls}
+        self.tell(Finding(self.num_steps, f"{stage} ({best.name})", numbers))
         return self._outcome(best, lenient or not self.problem.heavy)
 
     def _outcome(self, best: Contender, lenient: bool) -> Outcome:
         contest = self._contest(best)
-        if not (contest.may_be_better if lenient else contest.is_better):
-            return Outcome(self.best_known.solver, self.best_known, None, self.num_judges, self.tuned)
-        return Outcome(best.solver, self.best_known, contest, self.num_judges, self.tuned)
+        better = contest.may_be_better if lenient else contest.is_better
+        solver, contest = (best.solver, contest) if better else (self.best_known.solver, None)
+        return Outcome(solver, self.best_known, contest, self.num_judges, self.tuned)
 
     def _iterated(self, contender: Contender, start: int, stop: int, times_only: bool) -> tuple[Contender, float]:
         """A contender after one iteration on some noises, and the share of the loss that is left on them."""
@@ -307,6 +303,8 @@ class _Fit:
 
     def _decided(self, best: Contender) -> Outcome:
         """The outcome, with as many noises that judge as it takes to tell the best from the best that was known."""
+        if self.problem.heavy:
+            return self._confirmed(best)
         while best is not self.known and self.num_judges < self._many(MOST_JUDGES):
             more = portion_end(self.num_judges + 1)
             cost = (more - self.problem.judging.made) * self.problem.teacher_steps + 2 * more * self.num_steps
