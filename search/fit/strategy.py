@@ -36,8 +36,8 @@ LEAST_TRIALS, TIMES_TRIALS = 3, 5
 
 def judge_solver(problem: Problem, solver: SearchedSolver, journal: Journal, tell=lambda found: None) -> Outcome:
     """
-    The outcome of a search that was made otherwise: the solver, or the best that is known if it is not better. Arguments
-    as in `fit_solver`.
+    The outcome of a search that was made otherwise: the solver, or the best that is known if it is not better.
+    Arguments as in `fit_solver`.
     """
     return _Fit(problem, solver.num_steps, np.inf, journal, tell, {}).judge(solver)
 
