@@ -103,9 +103,9 @@ def _check_noise(pipe, field: PipelineField, first: torch.Tensor, begins_anywher
     if noise.shape != first.shape or not _apart(noise, first) <= _tolerance(noise):
         by = f"by {_apart(noise, first):.0%}" if noise.shape == first.shape else f"in shape, {tuple(noise.shape)}"
         raise FieldError(
-            f"{name} begins at another state in a call of few steps than in a long one (it differs {by}): it draws more "
-            "noise than its first state, or makes as many states as there are steps. Leave out the option that does so "
-            "(such as `image_cond_noise_scale`), or keep its own scheduler."
+            f"{name} begins at another state in a call of few steps than in a long one (it differs {by}): it draws "
+            "more noise than its first state, or makes as many states as there are steps. Leave out the option that "
+            "does so (such as `image_cond_noise_scale`), or keep its own scheduler."
         )
     if not begins_anywhere:
         raise UnsuitableCallError(
