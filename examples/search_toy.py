@@ -48,7 +48,7 @@ class MixtureVelocity(torch.nn.Module):
 
 
 class MixturePipeline(DiffusionPipeline):
-    """All that the search needs of a pipeline: a scheduler, and a call that makes one sample a generator."""
+    """All that the search needs of a pipeline: a scheduler, and a call that makes a sample for each generator."""
 
     def __init__(self, velocity, scheduler):
         super().__init__()
@@ -58,7 +58,8 @@ class MixturePipeline(DiffusionPipeline):
     def __call__(self, generator, num_inference_steps):
         """The states of every sample at every node, shape (num_inference_steps + 1, samples, 2)."""
         self.scheduler.set_timesteps(num_inference_steps)
-        states = [randn_tensor((len(generator), 2), generator)]
+        count = len(generator) if isinstance(generator, list) else 1
+        states = [randn_tensor((count, 2), generator)]
         for t in self.scheduler.timesteps:
             output = self.velocity(states[-1], t / self.scheduler.config.num_train_timesteps)
             states.append(self.scheduler.step(output, t, states[-1], return_dict=False)[0])

@@ -29,6 +29,7 @@ from diffusers_searched_solver import (
     save_solver_file,
     time_grid,
 )
+from diffusers_searched_solver.history import History
 from diffusers_searched_solver.serialization import SOLVER_FILE
 
 
@@ -78,7 +79,7 @@ def test_the_fuzzer_notices(tmp_path, monkeypatch, offence):
     assert fuzz(3, 0, tmp_path)
     monkeypatch.setattr(fuzz_solver_file, "SECONDS", 0.3)
     if action is None:
-        monkeypatch.setattr(SearchedSolver, "step", lambda self, sample, history, index: sample * torch.nan)
+        monkeypatch.setattr(History, "step", lambda self, sample: sample * torch.nan)
     else:
         case = lambda folder: action() if folder.name == "case" else None  # noqa: E731
         monkeypatch.setattr(fuzz_solver_file, "load_and_run", case)
