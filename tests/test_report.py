@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
 
 from diffusers_searched_solver.serialization import SOLVER_FILE
 from search.results.charts import LABEL_HEIGHT, Axis, Chart, Line
@@ -145,15 +146,17 @@ def test_every_control_works_from_the_keyboard_alone(page):
 
 
 def test_assistive_technology_finds_a_name_for_every_control_image_and_chart(page):
-    browser = page()
-    nodes = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
-    named = [
-        (node["role"]["value"], node.get("name", {}).get("value", ""))
-        for node in nodes
-        if not node["ignored"] and node["role"]["value"] in ("slider", "checkbox", "combobox", "image", "table")
-    ]
+    browser, roles = page(), {"slider", "checkbox", "combobox", "image", "table"}
+
+    def named_nodes():
+        nodes = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+        named = [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if not n["ignored"]]
+        return [(role, name) for role, name in named if role in roles]
+
+    # The tree follows what the script shows a little later.
+    WebDriverWait(browser, 10).until(lambda _: {role for role, _ in named_nodes()} == roles)
+    named = named_nodes()
     assert all(name for role, name in named if role != "table")
-    assert {"slider", "checkbox", "combobox", "image", "table"} == {role for role, _ in named}
     assert ("image", "class 0: difference between searched in 2 steps and the teacher") in named
     assert browser.find_element(By.TAG_NAME, "html").get_attribute("lang") == "en"
 
