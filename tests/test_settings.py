@@ -12,7 +12,6 @@ from tiny_pipelines import build
 
 from diffusers_searched_solver import SearchedSolverScheduler
 from search import measure
-from search.earlier import Earlier
 from search.pipeline.conditions import sampled_conditions, variant_of
 from search.pipeline.loading import load_pipeline
 from search.results.record import Report
@@ -248,4 +247,3 @@ def test_nothing_is_measured_if_so_asked(tmp_path):
     main([*PIPELINE, *SMALL, "--num-steps", "3", "--measure", "none", "--output-dir", str(out)])
     assert {path.name for path in out.iterdir()} == {"report.json", "scheduler_config.json", "solver"}
     assert Report.read(out).evaluation is None
-    assert Earlier().solvers == {}
