@@ -49,19 +49,35 @@ def mixture(one_thread):
         batch.field.close()
 
 
-def test_a_larger_budget_is_no_worse_and_none_is_exceeded(mixture):
+@pytest.fixture(scope="module")
+def of_budgets(mixture):
+    """For each budget and seed the errors of the outcome and of the best that was known, on held-out noises."""
     pipe, held_out = mixture
-    errors = {7_000: [], 14_000: [], 40_000: []}
-    for (budget, found), seed in ((pair, seed) for pair in errors.items() for seed in range(3)):
+    found = {7_000: [], 14_000: [], 40_000: []}
+    for (budget, of_budget), seed in ((pair, seed) for pair in found.items() for seed in range(3)):
         said = []
         outcome = find_solver(pipe, 5, [{}], max_calls=budget, seed=seed, batch_size=16, log=said.append)
         spent = [int(n.replace(",", "")) for line in said for n in re.findall(r"network calls ([\d,]+)", line)]
         assert 0.5 * budget < spent[-1] <= 1.03 * budget  # to open a call of the pipeline is an evaluation more
-        # One sample of these may end at the other Gaussian, and would be all of a root mean square.
         solvers = outcome.solver, outcome.best_known.solver
-        ours, known = (score(endpoint_errors(held_out, solver), torch.ones(128)) for solver in solvers)
-        found.append(ours / known)
-    means, spreads = ([of(found) for found in errors.values()] for of in (np.mean, np.ptp))
+        of_budget.append([endpoint_errors(held_out, solver) for solver in solvers])
+    return found
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        pytest.param(lambda errors: score(errors, torch.ones(128)), id="both means"),
+        pytest.param(
+            root_mean_square,
+            id="root mean square",
+            marks=pytest.mark.xfail(reason="With 14,000 calls 0.07 of the best known on average, 0.03 with 7,000."),
+        ),
+    ],
+)
+def test_a_larger_budget_is_no_worse_and_none_is_exceeded(of_budgets, measure):
+    ratios = [[measure(ours) / measure(known) for ours, known in of_budget] for of_budget in of_budgets.values()]
+    means, spreads = ([of(found) for found in ratios] for of in (np.mean, np.ptp))
     assert means[0] < 0.1
     # Other noises, other luck: what seeds alone make of it.
     assert means[1] < means[0] + spreads[0] and means[2] < means[1] + spreads[1]
