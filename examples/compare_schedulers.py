@@ -21,7 +21,7 @@ from diffusers_searched_solver.calls import build_conditions
 from search.known.baselines import diffusers_schedulers
 from search.pipeline.field import merge_conditions
 from search.pipeline.loading import load_pipeline
-from search.results.images import error_images, sample_images
+from search.results.images import error_films, sample_films, strip
 
 
 HERE = Path(__file__).parent
@@ -48,38 +48,49 @@ schedulers = {**diffusers_schedulers(config), "searched": {"": searched}}
 conditions = build_conditions(pipe, args.class_labels, args.prompts, args.guidance_scale, {})
 call_kwargs = functools.reduce(merge_conditions, conditions)
 seeds = range(-len(conditions), 0)  # noises that no search has fitted: its seeds are not negative
-goals = sample_images(pipe, SearchedSolverScheduler.from_config(config), call_kwargs, seeds, args.many_steps)
+goals = sample_films(pipe, SearchedSolverScheduler.from_config(config), call_kwargs, seeds, args.many_steps)
+
+
+def distance(films, goals):
+    """Root mean square difference of pixels, which are from 0 to 1."""
+    pixels, of_goals = (
+        np.float64([[np.asarray(frame) for frame in film] for film in each]) for each in (films, goals)
+    )
+    return np.sqrt(np.square((pixels - of_goals) / 255).mean())
 
 
 def nearest(settings, num_steps):
-    """Of the settings of one scheduler, the one nearest to the many-step run: error, name and images."""
+    """Of the settings of one scheduler, the one nearest to the many-step run: error, name and images or videos."""
     runs = []
     for name, scheduler in settings.items():
-        images = sample_images(pipe, scheduler, call_kwargs, seeds, num_steps)
-        error = np.sqrt(np.square((np.float64(images) - np.float64(goals)) / 255).mean())
-        runs.append((error, name, images))
+        films = sample_films(pipe, scheduler, call_kwargs, seeds, num_steps)
+        runs.append((distance(films, goals), name, films))
     return min(runs)
 
 
 rows = [(f"{args.many_steps} steps", goals)]
 for num_steps in args.num_steps:
     results = {family: nearest(settings, num_steps) for family, settings in schedulers.items()}
-    for family, (error, setting, images) in sorted(results.items(), key=lambda item: item[1][0]):
+    for family, (error, setting, films) in sorted(results.items(), key=lambda item: item[1][0]):
         label = f"{num_steps} steps, error {error:.4f}\n{family}\n{setting}".strip()
         print(label.replace("\n", ", "))
-        rows.append((label, images))
+        rows.append((label, films))
 
-width, height = goals[0].size
+width, height = strip(goals[0]).size
 scale = min(max(width, 64), 256) / width
 tile = (round(width * scale), round(height * scale))
 size = (LABEL_WIDTH + 2 * len(goals) * (tile[0] + GAP), len(rows) * (tile[1] + GAP))
 picture = Image.new("RGB", size, "white")
 draw = ImageDraw.Draw(picture)
-for row, (label, images) in enumerate(rows):
+for row, (label, films) in enumerate(rows):
     top = row * (tile[1] + GAP)
     draw.text((8, top + tile[1] // 2), label, fill="black", anchor="lm", font_size=14)
-    errors = error_images(images, goals) if row else []
-    for column, image in enumerate([*images, *errors]):
-        image = image.convert("RGB").resize(tile, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    errors = error_films(films, goals) if row else []
+    for column, film in enumerate([*films, *errors]):
+        image = (
+            strip(film)
+            .convert("RGB")
+            .resize(tile, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+        )
         picture.paste(image, (LABEL_WIDTH + column * (tile[0] + GAP), top))
 picture.save(args.output)

@@ -77,12 +77,13 @@ def results(page) -> list[str]:
 def test_the_button_draws_both_images_with_their_errors_and_times(page):
     sample(page)
     texts = wait(page, lambda: (texts := results(page)) and all(texts) and texts)
-    errors, times = zip(*((float(text.split()[1]), float(text.split()[-2])) for text in texts), strict=True)
+    errors, times = zip(*((float(text.split()[1]), float(text.split()[-5])) for text in texts), strict=True)
     # To the left the searched solver, to the right the pipeline's own scheduler.
     assert 0 < errors[0] < errors[1] / 2
     assert all(0 <= seconds < SECONDS for seconds in times)
-    sides = wait(page, lambda: (sides := drawn(page)) and len(sides) == 2 and all(sides) and sides)
-    assert sides == [256, 256]
+    # What both should end at, and of each the image and its difference.
+    sides = wait(page, lambda: (sides := drawn(page)) and len(sides) == 5 and all(sides) and sides)
+    assert sides == [256] * 5
     assert page.get_log("browser") == []
 
 

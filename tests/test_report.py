@@ -1,5 +1,7 @@
 """The report in a real browser: every control works, nothing overflows, nothing is fetched, nobody is left out."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -11,10 +13,14 @@ from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
+from tiny_pipelines import build
 
+from diffusers_searched_solver import solver_from_scheduler
+from diffusers_searched_solver.rivals import diffusers_schedulers
 from diffusers_searched_solver.serialization import SOLVER_FILE
+from search import measure
 from search.results.charts import LABEL_HEIGHT, Axis, Chart, Line
-from search.results.images import SampleImages
+from search.results.images import SampleImages, strip
 from search.results.report import write_report
 from search.run import main
 
@@ -220,7 +226,7 @@ def test_what_others_wrote_is_text_and_nothing_else(page, folder, tmp_path, atta
     for rows in report["evaluation"]["image_metrics"]["results"].values():
         rows[0].update(solver=attack)
     (evil / "report.json").write_text(json.dumps(report))
-    black = [Image.new("RGB", (300, 200))]
+    black = [(Image.new("RGB", (300, 200)),)]
     images = SampleImages([attack], 16, black, {2: {attack: black, "searched": black}})
     write_report(evil, "out", images)
     browser = page(360, of=evil)
@@ -229,6 +235,26 @@ def test_what_others_wrote_is_text_and_nothing_else(page, folder, tmp_path, atta
     assert browser.find_element(By.CSS_SELECTOR, ".tiles img").get_attribute("alt").startswith(attack)
     assert len(browser.find_elements(By.TAG_NAME, "script")) == 1
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+
+
+def test_videos_move_in_the_report(tmp_path, page):
+    case = build("animatediff")
+    schedulers = diffusers_schedulers(case.pipe.scheduler.config)["UniPC 3"]
+    solver = solver_from_scheduler(next(iter(schedulers.values())), 3)
+    condition = {key: value for key, value in case.inputs.items() if key != "output_type"}
+    measure(case.pipe, solver, [condition], tmp_path, measure="full", num_eval_samples=4, teacher_steps=8)
+    browser = page(390, of=tmp_path)
+    tiles = browser.find_elements(By.CSS_SELECTOR, ".tiles img")
+    assert len(tiles) > 2 and all(tile.get_property("naturalWidth") == 16 for tile in tiles)
+    films = [Image.open(io.BytesIO(base64.b64decode(tile.get_attribute("src").split(",")[1]))) for tile in tiles]
+    assert [film.n_frames for film in films] == [2] * len(films)
+    assert (tmp_path / "images.png").exists()
+
+
+def test_of_a_video_four_frames_are_side_by_side_from_the_first_to_the_last():
+    frames = tuple(Image.new("L", (16, 8), shade) for shade in range(10))
+    assert [strip(frames).convert("L").getpixel((16 * k, 0)) for k in range(4)] == [0, 3, 6, 9]
+    assert strip(frames[:1]) is frames[0]
 
 
 class Attributes(HTMLParser):

@@ -14,8 +14,14 @@ BASE_CALLS, CALLS_PER_CUBED_STEP = 8_500, 17
 # Noises of the stages, each at the end of a portion: node times, everything at first, everything from then on. Twice
 # as many, and calls, where a few noises are much harder than others, and for every guidance scale.
 TIMES_NOISES, FIRST_NOISES, LATER_NOISES = 4, 8, 16
-# Noises that judge, and that may where two solvers cannot be told apart.
+# Noises of all iterations over everything where a few noises are much harder than others, for as many times the usual
+# calls: what one Jacobian says of 32 or fewer depends on which of these they are.
+HEAVY_NOISES = 32
+# Noises that judge at least, and at most; between them, those whose teacher and some runs of solvers take a share of
+# the calls: with more calls there are more solvers to choose from, and a few noises that see no difference between
+# the best of them would keep the first (on an exact mixture, six times the calls had ended where it began).
 JUDGES, MOST_JUDGES = 16, 64
+JUDGING_SHARE, JUDGED = 0.2, 6
 # Where a few noises are much harder than others: noises, for as many times the usual calls, that are asked only when
 # all is done; and how far solvers that are asked lie on the way from where the best began to where it ended.
 CONFIRMING, WAYS = 32, (1.0, 0.7, 0.4)

@@ -16,7 +16,18 @@ from ..launch.journal import Journal
 from ..launch.progress import Finding
 from ..pipeline.rollout import Batch, endpoint_errors, rollout, sample_errors
 from ..teacher.noises import Weights, portion_end
-from .budget import CONFIRMING, FIRST_NOISES, JUDGES, LATER_NOISES, MOST_JUDGES, TIMES_NOISES, WAYS
+from .budget import (
+    CONFIRMING,
+    FIRST_NOISES,
+    HEAVY_NOISES,
+    JUDGED,
+    JUDGES,
+    JUDGING_SHARE,
+    LATER_NOISES,
+    MOST_JUDGES,
+    TIMES_NOISES,
+    WAYS,
+)
 from .gauss_newton import MAX_TRIALS, gauss_newton_iteration
 from .outcome import Contender, Outcome
 from .parameters import FRAME, ORDER
@@ -83,9 +94,15 @@ class _Fit:
     def __init__(self, problem, num_steps, max_calls, journal, tell, given):
         self.problem, self.num_steps, self.max_calls = problem, num_steps, max_calls
         self.journal, self.tell, self.start = journal, tell, journal.spent
-        self.num_judges = portion_end(problem.judges_factor * JUDGES)
+        self.num_judges = self._judges()
         self.tables = [*known_tables(problem.config, num_steps), *given_tables(given, problem.process, num_steps)]
         self._check_budget()
+
+    def _judges(self) -> int:
+        """How many noises judge: as many as a share of the calls pays for, within what is useful."""
+        each = (self.problem.teacher_steps + JUDGED * self.num_steps) * self.problem.calls_per_evaluation
+        least, most = self.problem.judges_factor * JUDGES, self.problem.judges_factor * MOST_JUDGES
+        return portion_end(int(np.clip(JUDGING_SHARE * self.max_calls / each, least, most)))
 
     def _many(self, noises: int) -> int:
         """As many times the usual number of noises as this problem needs, at the end of a portion."""
@@ -160,7 +177,7 @@ class _Fit:
         # What follows from other step counts is a start, but nothing that anybody knew.
         self.tuned = best_of_families([each for each in standings if each.table.family not in (GIVEN, NEIGHBOUR)])
         known = [(each, table) for each, table in zip(starts, best, strict=True) if table.family != NEIGHBOUR]
-        self.known, self.best_known = min(known, key=lambda pair: score(pair[0].errors, pair[0].weights))
+        self.known, self.best_known = min(known, key=lambda pair: pair[0].error)
         return starts
 
     def _judged(self, name: str, solver: SearchedSolver, family=None, vector=None) -> Contender:
@@ -259,7 +276,8 @@ class _Fit:
         best take one, on the same noises; in the next there is one of them less.
         """
         best, racing = min([self.known, *contenders], key=self._rank), list(contenders)
-        window, repeated = self._affordable(shorter(0, self._enough(FIRST_NOISES))), False
+        first = HEAVY_NOISES if self.problem.heavy else FIRST_NOISES
+        window, repeated = self._affordable(shorter(0, self._enough(first))), False
         while window:
             start, stop = window
             racing = sorted(racing, key=self._rank)
@@ -288,7 +306,7 @@ class _Fit:
         loss, rank = fitted
         # The loss is of squares.
         fits_only = rank > 1 - (1 - np.sqrt(loss)) / 2
-        size = self._enough(LATER_NOISES)
+        size = self._enough(HEAVY_NOISES if self.problem.heavy else LATER_NOISES)
         first = [(0, size)] if stop < size else []
         end = size if first else portion_end(stop + (2 if fits_only else 1) * (stop - start))
         return [*first, *shorter(stop, end), (start, stop)]

@@ -1,4 +1,4 @@
-"""Images of the same noise under the teacher, diffusers' schedulers and the searched solver."""
+"""Images and videos of the same noise under the teacher, diffusers' schedulers and the searched solver."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,26 +23,31 @@ LABEL_SIZE, LABEL_MARGIN = 15, 16
 ERROR_GAIN = 8
 # Samplers of each step count that are looked at.
 SHOWN = 3
+# Frames of a video that are looked at side by side.
+STRIP = 4
 BACKGROUND, INK = (255, 255, 255), (20, 20, 20)
+# The frames of a video, or an image alone.
+Film = tuple[Image.Image, ...]
 
 
 @dataclass(frozen=True)
 class SampleImages:
     """
-    Images of the same noises under several samplers, all of one size.
+    Images or videos of the same noises under several samplers, all of one size and length.
 
     Args:
-        captions: What each image was asked to show.
+        captions: What each was asked to show.
         teacher_steps (`int`): Steps of the teacher.
-        teacher: Its images.
-        samples: By number of steps and sampler, the images: the best of diffusers' schedulers first, "searched" last.
-        seconds: By number of steps, what one image of the searched solver took.
+        teacher: What it makes.
+        samples: By number of steps and sampler, what these make: the best of diffusers' schedulers first, "searched"
+            last.
+        seconds: By number of steps, what one sample of the searched solver took.
     """
 
     captions: Sequence[str]
     teacher_steps: int
-    teacher: Sequence[Image.Image]
-    samples: Mapping[int, Mapping[str, Sequence[Image.Image]]]
+    teacher: Sequence[Film]
+    samples: Mapping[int, Mapping[str, Sequence[Film]]]
     seconds: Mapping[int, float] = field(default_factory=dict)
 
 
@@ -61,25 +66,25 @@ def draw_samples(
 
     Args:
         scheduler: Runs the searched solver.
-        conditions, seeds: Keyword arguments of a call and the seed of its noise, for each image.
+        conditions, seeds: Keyword arguments of a call and the seed of its noise, for each sample.
         evaluation: The measurement.
-        batch_size (`int`): Images in one call, if their conditions can share it.
+        batch_size (`int`): Samples in one call, if their conditions can share it.
         update: Is told how many evaluations every call took.
 
     Raises:
-        TypeError: If the pipeline does not make images.
+        TypeError: If the pipeline makes neither images nor videos.
     """
     config, steps = pipe.scheduler.config, evaluation.teacher_steps
     shown = {n: {**_shown(pipe, rows), SEARCHED: scheduler} for n, rows in sorted(evaluation.results.items())}
     teacher = SearchedSolverScheduler.from_config(config, solver=teacher_solver(scheduler.process, steps))
     calls = pipeline_calls(conditions, seeds, batch_size)
 
-    def draw(with_scheduler: SchedulerMixin, num_steps: int) -> list[Image.Image]:
-        def some(samples: Samples, _) -> list[tuple[int, Image.Image]]:
+    def draw(with_scheduler: SchedulerMixin, num_steps: int) -> list[Film]:
+        def some(samples: Samples, _) -> list[tuple[int, Film]]:
             of_samples = [seed for _, seed in samples]
-            images = sample_images(pipe, with_scheduler, merged(samples), of_samples, num_steps)
+            films = sample_films(pipe, with_scheduler, merged(samples), of_samples, num_steps)
             update(num_steps * len(samples))
-            return list(zip(of_samples, images, strict=False))
+            return list(zip(of_samples, films, strict=False))
 
         found = dict(pair for samples in calls for part in in_parts(some, samples, ()) for pair in part)
         return [found[seed] for seed in seeds if seed in found]
@@ -115,14 +120,14 @@ def _caption(call_kwargs: Mapping) -> str:
     return " ".join(f"class {label}" for label in call_kwargs.get("class_labels", ()))
 
 
-def sample_images(
+def sample_films(
     pipe: DiffusionPipeline, scheduler: SchedulerMixin, call_kwargs: Mapping, seeds: Sequence[int], num_steps: int
-) -> list[Image.Image]:
+) -> list[Film]:
     """
-    Images of an ordinary call of the pipeline with another scheduler; the pipeline gets its own back.
+    What an ordinary call of the pipeline with another scheduler makes; the pipeline gets its own back.
 
     Raises:
-        TypeError: If the pipeline does not make images.
+        TypeError: If the pipeline makes neither images nor videos.
     """
     own, progress = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -133,32 +138,49 @@ def sample_images(
     finally:
         pipe.scheduler = own
         pipe.set_progress_bar_config(**progress)
-    images = getattr(output, "images", None)
-    if not isinstance(images, list) or not all(isinstance(image, Image.Image) for image in images):
-        raise TypeError(f"{type(pipe).__name__} does not make images with these arguments; there is nothing to draw.")
-    return images
+    images, videos = (getattr(output, name, None) for name in ("images", "frames"))
+    films = [(each,) for each in images] if isinstance(images, list) else [tuple(each) for each in videos or ()]
+    if not films or not all(isinstance(frame, Image.Image) for film in films for frame in film):
+        name = type(pipe).__name__
+        raise TypeError(f"{name} makes neither images nor videos with these arguments; there is nothing to draw.")
+    return films
 
 
-def error_images(images: Sequence[Image.Image], goals: Sequence[Image.Image]) -> list[Image.Image]:
-    """The absolute difference of each image to its goal, `ERROR_GAIN` times as bright."""
+def error_films(films: Sequence[Film], goals: Sequence[Film]) -> list[Film]:
+    """The absolute difference of each frame to its goal's, `ERROR_GAIN` times as bright."""
     return [
-        ImageChops.difference(image, goal).point(lambda value: min(255, ERROR_GAIN * value))
-        for image, goal in zip(images, goals, strict=True)
+        tuple(
+            ImageChops.difference(frame, goal).point(lambda value: min(255, ERROR_GAIN * value))
+            for frame, goal in zip(*pair, strict=True)
+        )
+        for pair in zip(films, goals, strict=True)
     ]
+
+
+def strip(film: Film) -> Image.Image:
+    """An image, or some frames of a video side by side."""
+    if len(film) == 1:
+        return film[0]
+    shown = [film[k] for k in np.linspace(0, len(film) - 1, min(STRIP, len(film))).round().astype(int)]
+    width, height = film[0].size
+    row = Image.new("RGB", (width * len(shown), height))
+    for k, frame in enumerate(shown):
+        row.paste(frame, (k * width, 0))
+    return row
 
 
 def image_grid(images: SampleImages) -> Image.Image:
     """
     One picture: the teacher, then for each step count the best of diffusers' schedulers and the searched solver, with
-    their errors. Small images are enlarged.
+    their errors. Small images are enlarged, of videos some frames are shown.
     """
     rows = {f"teacher, {images.teacher_steps} steps": images.teacher}
     for num_steps, samples in images.samples.items():
         for name in (next(iter(samples)), SEARCHED):
             rows[f"{name}, {num_steps} steps"] = samples[name]
-            errors = error_images(samples[name], images.teacher)
+            errors = error_films(samples[name], images.teacher)
             rows[f"  its error x {ERROR_GAIN}, {num_steps} steps, {name}"] = errors
-    return _labelled_rows(rows)
+    return _labelled_rows({label: [strip(film) for film in row] for label, row in rows.items()})
 
 
 def _labelled_rows(rows: Mapping[str, Sequence[Image.Image]]) -> Image.Image:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 
 from diffusers_searched_solver import NoiseProcess, SearchedSolver, load_solver_file
 from diffusers_searched_solver.serialization import SOLVER_FILE
@@ -18,15 +17,15 @@ from ..measure.evaluate import SEARCHED, Row
 from ..measure.image_metrics import COLUMNS
 from ..measure.trajectory import CLASSICAL_ORDER, TrajectoryRow, with_classical_coefficients
 from .charts import Axis, Chart, Line
-from .images import ERROR_GAIN, SampleImages, error_images
+from .images import ERROR_GAIN, Film, SampleImages, error_films
 from .record import Report
 
 
 TEMPLATE = "report_template.html"
 # Metrics of images, two in a column where a phone would have no room for more.
 METRIC_COLUMNS = (("psnr", "ssim"), ("fid", "kid"), ("inception_score", None), ("precision", "recall"))
-# Of an image in the report, in pixels.
-MAX_TILE = 256
+# Of an image in the report, in pixels, and how long a frame of a video is shown.
+MAX_TILE, FRAME_MS = 256, 125
 # Of the errors in one chart, from the smallest to the greatest.
 MAX_RANGE = 1e5
 
@@ -188,12 +187,12 @@ def _tiles(images: SampleImages) -> dict:
     """Images and their errors as data URIs."""
     samples = {
         num_steps: {
-            name: list(zip(_data_uris(row), _data_uris(error_images(row, images.teacher)), strict=True))
+            name: list(zip(_data_uris(row), _data_uris(error_films(row, images.teacher)), strict=True))
             for name, row in rows.items()
         }
         for num_steps, rows in sorted(images.samples.items())
     }
-    width, height = images.teacher[0].size
+    width, height = images.teacher[0][0].size
     return {
         "captions": [caption or f"sample {k}" for k, caption in enumerate(images.captions, start=1)],
         "teacher_steps": images.teacher_steps,
@@ -204,13 +203,16 @@ def _tiles(images: SampleImages) -> dict:
     }
 
 
-def _data_uris(images: Sequence[Image.Image]) -> list[str]:
-    """WebP, without loss if the image is so small that this costs nothing."""
+def _data_uris(films: Sequence[Film]) -> list[str]:
+    """WebP, of videos moving ones; without loss if they are so small that this costs nothing."""
     uris = []
-    for image in images:
-        image, content = image.convert("RGB"), io.BytesIO()
-        image.thumbnail((MAX_TILE, MAX_TILE))
-        image.save(content, "WEBP", quality=90, lossless=max(image.size) < MAX_TILE)
+    for film in films:
+        frames, content = [frame.convert("RGB") for frame in film], io.BytesIO()
+        for frame in frames:
+            frame.thumbnail((MAX_TILE, MAX_TILE))
+        moving = {"save_all": True, "append_images": frames[1:], "duration": FRAME_MS, "loop": 0}
+        lossless = max(frames[0].size) < MAX_TILE
+        frames[0].save(content, "WEBP", quality=90, lossless=lossless, **(moving if len(frames) > 1 else {}))
         uris.append(f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}")
     return uris
 
