@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver.rivals import diffusers_schedulers
 
-from .fit.budget import derivative_bytes, judging_evaluations, shared_evaluations, usual_calls
-from .fit.problem import setup_evaluations
+from .fit.budget import judging_evaluations, search_bytes, shared_evaluations, usual_calls
+from .fit.problem import HEAVY_CALLS, setup_evaluations
 from .gradient.recipe import Recipe, recipe_evaluations
 from .launch.network_calls import NetworkCalls
 from .launch.progress import DRAWING, IMAGES, MEASURING, TEACHER
@@ -77,7 +77,7 @@ def estimate(
         f"process{'es' * (processes > 1)}"
     )
     if not settings.evaluate_only and settings.fitter == "gauss-newton" and settings.max_calls is None:
-        lines.append("twice as many to search if a few noises turn out to be much harder than others")
+        lines.append(f"{HEAVY_CALLS:g} times as many to search if a few noises turn out to be much harder than others")
     return "\n".join([*lines, _memory(pipe, conditions, settings, timed.elements)])
 
 
@@ -95,9 +95,13 @@ def _memory(pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Se
         return f"peak memory: {sampling:,.0f} MiB"
     if settings.fitter == "gradient":
         return f"peak memory: {sampling:,.0f} MiB, and what the network keeps for its gradient"
-    processes = PartialState().num_processes
-    held = derivative_bytes(settings.num_steps, elements, _num_variants(conditions), processes) / 2**20
-    return f"peak memory: {sampling + held:,.0f} MiB, {sampling:,.0f} for sampling and {held:,.0f} for derivatives"
+    scales = _num_variants(conditions), PartialState().num_processes
+    sizes = settings.num_steps, elements, settings.batch_size, *scales
+    held, most = (search_bytes(*sizes, heavy) / 2**20 for heavy in (False, True))
+    return (
+        f"peak memory: {sampling + held:,.0f} MiB, {sampling:,.0f} for sampling and {held:,.0f} to search, or "
+        f"{most:,.0f} if a few noises are much harder than others"
+    )
 
 
 def _num_variants(conditions: Sequence[Mapping]) -> int:
@@ -124,7 +128,7 @@ def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], batch_si
     if pipe.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    elements = sum(each.field.noise.numel() for each in batches) // batch_size
+    elements = sum(each.field.shape.numel() for each in batches) // batch_size
     for each in batches:
         each.field.close()
     calls.remove()

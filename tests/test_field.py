@@ -40,6 +40,7 @@ from tiny_pipelines import NUM_STEPS, OWN_SCHEDULE, build
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, time_grid
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
 from search.known.baselines import run_scheduler
+from search.pipeline import field as field_module
 from search.pipeline.field import FieldError, NetworkCalls, PipelineField, merge_conditions
 from search.pipeline.hand_out import HandOutScheduler
 from search.pipeline.rollout import Run, recorded_run, rollout
@@ -200,6 +201,20 @@ def test_two_fields_of_one_pipeline_do_not_disturb_each_other_or_the_pipeline(di
     assert not torch.equal(other(other.noise, 500.0)[:1], alone)
     assert vars(digits_dit) == before
     assert torch.is_grad_enabled()
+
+
+def test_fields_that_hold_too_much_are_closed_in_turn_and_predict_what_they_would_have(
+    digits_dit, open_field, monkeypatch
+):
+    fields = [open_field(digits_dit, {"class_labels": [1], "guidance_scale": 1.0}, [seed]) for seed in range(3)]
+    noises = [field.noise for field in fields]
+    expected = [field(noise, 500.0) for field, noise in zip(fields, noises, strict=True)]
+    monkeypatch.setattr(field_module, "MOST_HELD", 0)
+    for field, noise, prediction in zip(fields, noises, expected, strict=True):
+        assert torch.equal(field(noise, 500.0), prediction)
+        assert [each._coroutine is not None for each in fields] == [each is field for each in fields]
+        assert torch.equal(field.noise, noise)
+    assert torch.equal(fields[0].noise, noises[0]) and fields[0].shape == noises[0].shape
 
 
 @pytest.mark.parametrize("grad_enabled", [True, False])

@@ -5,14 +5,16 @@ from collections.abc import Mapping, Sequence
 
 from ..known.baselines import known_tables
 from ..known.race import race_evaluations
-from .problem import Problem
+from ..pipeline.field import HELD_STATES, MOST_HELD
+from .gauss_newton import MOST_ELEMENTS
+from .problem import HEAVY_CALLS, HEAVY_FACTOR, HEAVY_JUDGES, Problem
 
 
 # Network calls of a search, and how many more for the cubed number of steps: a Jacobian has about half as many columns
 # as there are steps squared, and each is a part of a run.
 BASE_CALLS, CALLS_PER_CUBED_STEP = 8_500, 17
 # Noises of the stages, each at the end of a portion: node times, everything at first, everything from then on. Twice
-# as many, and calls, where a few noises are much harder than others, and for every guidance scale.
+# as many, and more calls, where a few noises are much harder than others, and for every guidance scale.
 TIMES_NOISES, FIRST_NOISES, LATER_NOISES = 4, 8, 16
 # Noises of all iterations over everything where a few noises are much harder than others, for as many times the usual
 # calls: what one Jacobian says of 32 or fewer depends on which of these they are.
@@ -29,7 +31,7 @@ CONFIRMING, WAYS = 32, (1.0, 0.7, 0.4)
 
 def default_calls(problem: Problem, num_steps: int) -> int:
     """Network calls that a search has unless it is told otherwise."""
-    return problem.factor * usual_calls(num_steps)
+    return int(problem.num_variants * (HEAVY_CALLS if problem.heavy else 1) * usual_calls(num_steps))
 
 
 def usual_calls(num_steps: int) -> int:
@@ -47,7 +49,17 @@ def judging_evaluations(config: Mapping, num_steps: int) -> int:
     return race_evaluations(len(known_tables(config, num_steps)), num_steps) + 4 * JUDGES * num_steps
 
 
-def derivative_bytes(step_counts: Sequence[int], elements: int, num_variants: int, num_processes: int) -> float:
-    """What the derivatives of an iteration hold in one process, at most."""
-    columns = max(n * (n + 1) // 2 + 2 * n for n in step_counts)
-    return 4.0 * elements * columns * math.ceil(num_variants * LATER_NOISES / num_processes)
+def search_bytes(
+    step_counts: Sequence[int], elements: int, batch_size: int, num_variants: int, num_processes: int, heavy: bool
+) -> float:
+    """
+    What a search holds in one process beyond a run of the pipeline, at most: derivatives, the teacher's ends, calls
+    that are suspended, and a run with all its states and predictions.
+    """
+    iterated = HEAVY_FACTOR * HEAVY_NOISES if heavy else LATER_NOISES
+    judging = HEAVY_FACTOR * (HEAVY_JUDGES * JUDGES + CONFIRMING) if heavy else JUDGES
+    iterated, noises = (math.ceil(num_variants * n / num_processes) for n in (iterated, iterated + judging))
+    state, most = 4.0 * elements, max(step_counts)
+    derivatives = 4.0 * min(elements, MOST_ELEMENTS) * iterated * (most * (most + 1) // 2 + 2 * most)
+    suspended = min(HELD_STATES * state * noises, max(MOST_HELD, HELD_STATES * state * batch_size))
+    return derivatives + state * noises + suspended + 2 * most * state * batch_size

@@ -30,6 +30,14 @@ def search_solver(
         `SearchedSolver`: On the noises that judge better than the best known solver by the geometric mean, and by the
             root mean square too or, where no noises are much harder than others, not worse beyond chance and `LITTLE`;
             or else the best known solver itself.
+
+    Example:
+        >>> from diffusers_searched_solver.pipelines import ClassToImagePipeline
+        >>> pipe = ClassToImagePipeline.from_pretrained("examples/digits-sit")
+        >>> conditions = [{"class_labels": [digit], "guidance_scale": 1.0} for digit in range(10)]
+        >>> solver = search_solver(pipe, 3, conditions, max_calls=5_000, log=None)
+        >>> solver.num_steps, solver.frame, solver.sigmas[[0, -1]].tolist()
+        (3, 'velocity', [1.0, 0.0])
     """
     return find_solver(pipe, num_steps, conditions, **settings).solver
 

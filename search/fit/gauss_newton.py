@@ -26,7 +26,7 @@ GOOD, POOR = 0.7, 0.25
 # Of the change of a difference quotient.
 MAX_HALVINGS = 40
 # Elements of a sample that derivatives are of: a hundred numbers are determined by as many residuals many times over.
-MOST_ELEMENTS = 2**16
+MOST_ELEMENTS = 2**15
 # Columns of J smaller than this share of the largest are rounding.
 USABLE = 1e-9
 Judge = Callable[[SearchedSolver], float]

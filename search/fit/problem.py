@@ -29,7 +29,7 @@ from ..pipeline.rounding import rounding_error
 from ..teacher.batches import NO_CACHE, TEACHER_SHARE, Samples, in_parts, merged, pipeline_calls
 from ..teacher.cache import TeacherCache
 from ..teacher.noises import Noises
-from ..teacher.splits import CONFIRMING_SEEDS, JUDGING_SEEDS, TRAIN_SEEDS, make_noises, split_seeds
+from ..teacher.splits import CONFIRMING_SEEDS, JUDGING_SEEDS, TRAIN_SEEDS, make_noises, split_seeds, turned
 from .parameters import FRAME
 
 
@@ -38,13 +38,14 @@ logger = logging.getLogger(__name__)
 MOST_TEACHER_STEPS = 1024
 # The noises on which the teacher is tried.
 TEACHER_NOISES = 4
-# Noises that are looked at to see whether a few are much harder than others; if so, these and twice as many of those
-# that judge are screened, of which one in HARD is of the hard ones. A sample is heavy if it has no more spread than
-# this share of as many equal ones would have (six samples of 64: 0.06 to 0.52 on networks of galaxies, 0.68 to 0.86 on
-# those of digits; samples of 32 overlap). Then there are more noises and calls, and even more noises that judge.
+# Noises that are looked at to see whether a few are much harder than others; if so, twice as many of those to fit and
+# of those that judge are screened, of which one in HARD is of the hard ones. A sample is heavy if it has no more
+# spread than this share of as many equal ones would have (six samples of 64: 0.06 to 0.52 on networks of galaxies,
+# 0.68 to 0.86 on those of digits; samples of 32 overlap). Then there are more noises and calls, and even more noises
+# that judge.
 SCREENED, HARD, HEAVY = 64, 8, 0.6
 SCREENING_FAMILIES, SCREENING_STEPS = ("UniPC 3", "DPM-Solver++(2M)"), 4
-HEAVY_FACTOR, HEAVY_JUDGES = 2, 2
+HEAVY_FACTOR, HEAVY_JUDGES, HEAVY_CALLS = 2, 2, 2.5
 # What halving the steps of a method of third order multiplies its error with, less one: that is in the difference.
 HALVED = 2**3 - 1
 
@@ -132,24 +133,28 @@ def search_problem(
     own = SearchedSolverScheduler.from_config(pipe.scheduler.config)
     before = calls.count
 
-    def disagreements(split: int, count: int) -> tuple[list[int], list[float]]:
-        seeds = split_seeds(seed, split, count)
-        return seeds, _disagreements(pipe, conditions, seeds, batch_size, calls)
-
-    of_train = disagreements(TRAIN_SEEDS, SCREENED)
-    heavy = _is_heavy(of_train[1])
-
     def noises(split: int, steps: int, order: Sequence[int] = (), strata: Mapping[int, float] = {}) -> Noises:  # noqa: B006
         return make_noises(pipe, conditions, seed, split, steps, batch_size, calls, cache, order, strata)
 
-    train_order = _stratified(*of_train, HARD // 2) if heavy else ()
-    judging_order = _stratified(*disagreements(JUDGING_SEEDS, 2 * SCREENED), HARD // 2) if heavy else ()
+    def disagreements(split: int, start: int, stop: int) -> list[float]:
+        seeds = split_seeds(seed, split, stop)[start:]
+        return _disagreements(pipe, turned(conditions, seeds, seed, split), seeds, batch_size, calls)
+
+    def screened(split: int, spacing: int, known: Sequence[float] = ()) -> tuple[list[int], dict[int, float]]:
+        distances = [*known, *disagreements(split, len(known), 2 * SCREENED)]
+        return _stratified(split_seeds(seed, split, len(distances)), distances, spacing)
+
+    of_train = disagreements(TRAIN_SEEDS, 0, SCREENED)
+    heavy = _is_heavy(of_train)
+    train_order = screened(TRAIN_SEEDS, HARD // 2, of_train) if heavy else ()
+    # The hard ones come first: on these, what is known races.
+    judging_order = screened(JUDGING_SEEDS, 1) if heavy else ()
     found = _good_teacher(lambda s: noises(TRAIN_SEEDS, s, *train_order), own.process, teacher_steps, max(step_counts))
     train, teacher_steps, error = found
     per_evaluation = agree(_calls_per_evaluation(train, calls) if PartialState().is_main_process else None)
     first = train.between(0, 1)
     rounding = agree(rounding_error(first[0].field) if PartialState().is_main_process else None)
-    elements = agree(first[0].field.noise[0].numel() if PartialState().is_main_process else None)
+    elements = agree(first[0].field.shape[1:].numel() if PartialState().is_main_process else None)
     judging = noises(JUDGING_SEEDS, teacher_steps, *judging_order)
     setup = total(calls.count - before) - train.calls
     kind = own.config.prediction_type
@@ -213,8 +218,7 @@ def _disagreements(
     solvers = [
         solver_from_scheduler(next(iter(families[family].values())), SCREENING_STEPS) for family in SCREENING_FAMILIES
     ]
-    first = seeds[0]
-    numbered = pipeline_calls([conditions[(s - first) % len(conditions)] for s in seeds], seeds, batch_size)
+    numbered = pipeline_calls(conditions, seeds, batch_size)
 
     def distances(samples: Samples, index: tuple[int, ...]) -> list[tuple[int, float]]:
         field = PipelineField(pipe, merged(samples), [each for _, each in samples], calls)

@@ -22,13 +22,11 @@ def given_tables(given: Mapping[int, SearchedSolver], process: NoiseProcess, num
 
 
 def best_of_kinds(standings: Sequence[Standing], count: int) -> list[KnownTable]:
-    """The best of diffusers in rank and in root mean square, and the best of every other family."""
-    schedulers = [each for each in standings if each.table.from_diffusers]
-    furthest = [each for each in schedulers if len(each.errors) == len(schedulers[0].errors)]
-    best = [*furthest[:count], *sorted(furthest, key=lambda each: each.error)[:count]]
+    """So many of diffusers' that got furthest, and the best of every other family."""
+    best = [each for each in standings if each.table.from_diffusers][:count]
     for family in (CLASSICAL, GIVEN, NEIGHBOUR):
         best += [each for each in standings if each.table.family == family][:1]
-    return list({id(each.table): each.table for each in best}.values())
+    return [each.table for each in best]
 
 
 def make_family(problem: Problem, known: SearchedSolver) -> SolverFamily:

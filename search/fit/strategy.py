@@ -11,7 +11,7 @@ from diffusers_searched_solver import SearchedSolver
 
 from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, known_tables
 from ..known.contest import Contest, score
-from ..known.race import RUNGS, best_of_families, gathered_weights, race
+from ..known.race import HARD_RUNGS, RUNGS, best_of_families, gathered_weights, race
 from ..launch.journal import Journal
 from ..launch.progress import Finding
 from ..pipeline.rollout import Batch, endpoint_errors, rollout, sample_errors
@@ -98,6 +98,10 @@ class _Fit:
         self.tables = [*known_tables(problem.config, num_steps), *given_tables(given, problem.process, num_steps)]
         self._check_budget()
 
+    @property
+    def _rungs(self) -> Sequence[tuple[int, float]]:
+        return HARD_RUNGS if self.problem.heavy else RUNGS
+
     def _judges(self) -> int:
         """How many noises judge: as many as a share of the calls pays for, within what is useful."""
         each = (self.problem.teacher_steps + JUDGED * self.num_steps) * self.problem.calls_per_evaluation
@@ -114,7 +118,7 @@ class _Fit:
 
     def _check_budget(self):
         first = self._enough(FIRST_NOISES)
-        racing = sum(len(self.tables) * share * self._many(noises) for noises, share in RUNGS) * self.num_steps / 2
+        racing = sum(len(self.tables) * share * self._many(n) for n, share in self._rungs) * self.num_steps / 2
         teacher = self.problem.teacher_steps * (first + self.num_judges)
         judging = 4 * self.num_judges * self.num_steps
         least = int((teacher + racing + judging + self._iteration(first)) * self.problem.calls_per_evaluation)
@@ -171,8 +175,9 @@ class _Fit:
 
     def _raced(self) -> list[Contender]:
         """The best known tables of different kinds, on the noises that judge."""
-        standings = race(self.tables, self.problem.train, self._many, self.journal.remember)
-        best = best_of_kinds(standings, self.problem.factor)
+        noises = self.problem.judging if self.problem.heavy else self.problem.train
+        standings = race(self.tables, noises, self._many, self.journal.remember, self._rungs)
+        best = best_of_kinds(standings, 2 * self.problem.factor)
         starts = [self._judged(str(table), table.solver) for table in best]
         # What follows from other step counts is a start, but nothing that anybody knew.
         self.tuned = best_of_families([each for each in standings if each.table.family not in (GIVEN, NEIGHBOUR)])
@@ -191,7 +196,7 @@ class _Fit:
         return Contest.of(each.errors, self.known.errors, each.weights)
 
     def _rank(self, each: Contender) -> float:
-        return self._contest(each).rank(strict=self.problem.heavy)
+        return self._contest(each).rank
 
     def _judge_of_steps(self) -> Callable[[SearchedSolver], float] | None:
         """
@@ -205,7 +210,7 @@ class _Fit:
 
         def rank(solver: SearchedSolver) -> float:
             errors = endpoint_errors(batches, solver)
-            return Contest.of(errors, self.known.errors[: len(errors)], weights).rank(strict=True)
+            return Contest.of(errors, self.known.errors[: len(errors)], weights).rank
 
         return rank
 
@@ -351,7 +356,7 @@ class _Fit:
         contenders = [] if best is self.known else self._on_the_way(best)
         self.num_judges, self.known = count, confirmed(self.known)
         better = [each for each in map(confirmed, contenders) if self._contest(each).may_be_better]
-        chosen = min([self.known, *better], key=lambda each: self._contest(each).rank(strict=False))
+        chosen = min([self.known, *better], key=lambda each: self._contest(each).rank)
         return self._found(chosen, "confirmed", lenient=True)
 
     def _on_the_way(self, best: Contender) -> list[Contender]:

@@ -93,15 +93,10 @@ class Contest:
         by_samples = self.geometric_mean_interval[1] < 1 and self.ratio_interval[0] < 1
         return self.is_better or by_samples and self.ratio < LITTLE
 
-    def rank(self, strict: bool) -> float:
-        """
-        What solvers are ranked by against one rival; the less the better.
-
-        Args:
-            strict (`bool`): Whether it is at least one for those that are not better in both means.
-        """
-        both = np.sqrt(self.ratio * self.geometric_mean)
-        rank = max(self.ratio, self.geometric_mean) if strict and not self.is_better else both
+    @property
+    def rank(self) -> float:
+        """What solvers are ranked by against one rival, the less the better: the geometric mean of both means."""
+        rank = np.sqrt(self.ratio * self.geometric_mean)
         return float(rank) if np.isfinite(rank) else np.inf
 
     def __str__(self) -> str:

@@ -1,6 +1,8 @@
 """PipelineField: any diffusers pipeline as a function (x, timestep) -> prediction, through its own `__call__`."""
 
 import sys
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +18,11 @@ from .hand_out import FieldError, HandOutScheduler
 
 
 __all__ = ["Alone", "FieldError", "NetworkCalls", "PipelineField", "merge_conditions"]
+
+# States of its batch that a suspended call holds, about: its beginning, the last one, its prediction, what the
+# network was given. Where the open fields of a thread hold more bytes than this, the one that was not used for the
+# longest time is closed; to open it again is one evaluation more.
+HELD_STATES, MOST_HELD = 5, 2**27
 
 
 class PipelineField:
@@ -43,7 +50,7 @@ class PipelineField:
             whatever node a `strength` would begin at.
 
     Attributes:
-        noise (`torch.Tensor`): The initial state, as the scheduler sees it.
+        shape (`torch.Size`): Of its states.
         prediction_type (`str`): What predictions are, one of `process.PREDICTION_TYPES`.
         process (`NoiseProcess`): The noise process of the pipeline's model.
 
@@ -52,6 +59,8 @@ class PipelineField:
     """
 
     _coroutine: greenlet | None = None
+    _noise: torch.Tensor | None = None
+    _held = 0  # bytes while its call is suspended
 
     def __init__(
         self,
@@ -74,10 +83,19 @@ class PipelineField:
     def _open(self):
         self.close()
         _check_caches(self.pipe)
+        _suspended.used(self)
         self._coroutine = greenlet(_call_pipeline)
         prediction, noise = self._switch(self.pipe, self.call_kwargs, self.seeds)
         self._check_shape(prediction, noise.shape, "made of a state of shape {} a prediction of shape {}")
-        self.noise = noise.clone()
+        self._noise, self.shape, self._held = noise.clone(), noise.shape, HELD_STATES * noise.nbytes
+        _suspended.used(self)
+
+    @property
+    def noise(self) -> torch.Tensor:
+        """The initial state, as the scheduler sees it."""
+        if self._noise is None:
+            self._open()
+        return self._noise
 
     def __call__(self, x: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """The prediction of `evaluate` alone."""
@@ -109,6 +127,7 @@ class PipelineField:
         x = sources.get("x", x)
         timestep = sources["timestep"] if "timestep" in sources else float(timestep)
         self._open_if_needed()
+        _suspended.used(self)
         prediction, state = self._switch(x, timestep, node, bool(sources))
         self._check_shape(state, x.shape, "turned states of shape {} into {}")
         self._check_shape(prediction, x.shape, "made of states of shape {} a prediction of shape {}")
@@ -210,10 +229,37 @@ class PipelineField:
             if hasattr(self.pipe, "maybe_free_model_hooks"):
                 self.pipe.maybe_free_model_hooks()
         self._coroutine = None
+        _suspended.closed(self)
+
+    def suspend(self):
+        """Close it, and forget its noise too: it will be made again."""
+        self.close()
+        self._noise = None
 
     def __del__(self):
         if not sys.is_finalizing():
             self.close()
+
+
+class _Suspended(threading.local):
+    """The open fields of a thread, the one that was used last at the end."""
+
+    def __init__(self):
+        self._fields: list[weakref.ref[PipelineField]] = []
+
+    def used(self, field: PipelineField):
+        """Close others that have not been used for long, if all together hold too much."""
+        others = [other for ref in self._fields if (other := ref()) not in (None, field)]
+        while others and sum(each._held for each in (*others, field)) > MOST_HELD:
+            others.pop(0).suspend()
+        self._fields = [weakref.ref(each) for each in (*others, field)]
+
+    def closed(self, field: PipelineField):
+        """Count it no more."""
+        self._fields = [ref for ref in self._fields if ref() not in (None, field)]
+
+
+_suspended = _Suspended()
 
 
 def _call_pipeline(pipe: DiffusionPipeline, call_kwargs: Mapping, seeds: Sequence[int]):
