@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from ..known.baselines import known_tables
-from ..known.race import race_evaluations
+from ..known.race import HARD_RUNGS, RUNGS, race_evaluations
 from ..pipeline.field import HELD_STATES, MOST_HELD
+from ..teacher.noises import portion_end
 from .gauss_newton import MOST_ELEMENTS
 from .problem import HEAVY_CALLS, HEAVY_FACTOR, HEAVY_JUDGES, Problem
 
@@ -27,6 +31,97 @@ JUDGING_SHARE, JUDGED = 0.2, 6
 # Where a few noises are much harder than others: noises, for as many times the usual calls, that are asked only when
 # all is done; and how far solvers that are asked lie on the way from where the best began to where it ended.
 CONFIRMING, WAYS = 32, (1.0, 0.7, 0.4)
+
+# Residuals that there are at least for the squared number of steps, about as many as numbers of a table.
+RESIDUALS = 4
+# Trials that an iteration makes at least, and more where there are calls for them.
+LEAST_TRIALS = 3
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    How many noises the stages of one search have, and what they cost in evaluations of one sample.
+
+    Args:
+        problem, num_steps: What is fitted, and N.
+        max_calls (`float`): Network calls of all.
+    """
+
+    problem: Problem
+    num_steps: int
+    max_calls: float
+
+    def many(self, noises: int) -> int:
+        """As many times the usual number of noises as this problem needs, at the end of a portion."""
+        return portion_end(self.problem.factor * noises)
+
+    def enough(self, noises: int) -> int:
+        """As many, or as many as have a few residuals for every number of a table: states of toys are so small."""
+        return max(self.many(noises), portion_end(math.ceil(RESIDUALS * self.num_steps**2 / self.problem.elements)))
+
+    @property
+    def first_noises(self) -> int:
+        """Of the first iterations over everything."""
+        return self.enough(HEAVY_NOISES if self.problem.heavy else FIRST_NOISES)
+
+    @property
+    def later_noises(self) -> int:
+        """Of those that follow."""
+        return self.enough(HEAVY_NOISES if self.problem.heavy else LATER_NOISES)
+
+    @property
+    def judges(self) -> int:
+        """Noises that judge: as many as a share of the calls pays for, within what is useful."""
+        each = (self.problem.teacher_steps + JUDGED * self.num_steps) * self.problem.calls_per_evaluation
+        least, most = self.problem.judges_factor * JUDGES, self.problem.judges_factor * MOST_JUDGES
+        return portion_end(int(np.clip(JUDGING_SHARE * self.max_calls / each, least, most)))
+
+    @property
+    def rungs(self) -> Sequence[tuple[int, float]]:
+        """Of the race."""
+        return HARD_RUNGS if self.problem.heavy else RUNGS
+
+    @property
+    def confirming(self) -> int:
+        """Evaluations that are kept for the outcome to be confirmed with."""
+        if not self.problem.heavy:
+            return 0
+        count = self.many(CONFIRMING)
+        made = (count - self.problem.confirming.made) * self.problem.teacher_steps
+        return made + count * (1 + len(WAYS)) * self.num_steps
+
+    def iteration(self, noises: int, times_only: bool = False) -> int:
+        """An iteration that makes the least trials, and judging it: a column is a run from where it differs on."""
+        n = self.num_steps
+        columns = n * (n + 1) // 2
+        if not times_only:
+            columns += n * (n**2 - 1) // 6 + (columns if self.problem.offsets else 0)
+        judged = 0 if times_only else (1.5 if self.problem.heavy else 1) * self.judges
+        return int(noises * (columns + 2 * n) + judged * n) + LEAST_TRIALS * self.trial(noises, times_only)
+
+    def trial(self, noises: int, times_only: bool = False) -> int:
+        """A step that is tried: where steps are judged, half of the noises that judge do so."""
+        judged = self.judges // 2 if self.problem.heavy and not times_only else 0
+        return self.num_steps * (noises + judged)
+
+    def check(self, num_tables: int):
+        """
+        Refuse to begin what would not come to one iteration.
+
+        Raises:
+            ValueError: If the calls do not suffice.
+        """
+        first, teacher_steps = self.enough(FIRST_NOISES), self.problem.teacher_steps
+        racing = sum(num_tables * share * self.many(n) for n, share in self.rungs) * self.num_steps / 2
+        evaluations = teacher_steps * (first + self.judges) + racing + 4 * self.judges * self.num_steps
+        least = int((evaluations + self.iteration(first)) * self.problem.calls_per_evaluation)
+        if self.max_calls < least:
+            raise ValueError(
+                f"`max_calls` is {self.max_calls:,}, expected at least {least:,} for {self.num_steps} steps: the "
+                f"teacher's {teacher_steps} steps from {first + self.judges} noises, the race of all that is known "
+                "and one iteration. Allow more, or search for fewer steps."
+            )
 
 
 def default_calls(problem: Problem, num_steps: int) -> int:

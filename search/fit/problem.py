@@ -86,8 +86,13 @@ class Problem:
     setup_calls: int
 
     @property
+    def offsets(self) -> bool:
+        """Whether network times are searched too; where velocities are predicted they are redundant."""
+        return self.prediction_type != "flow_prediction"
+
+    @property
     def factor(self) -> int:
-        """How many times as many noises and calls as usual a search has."""
+        """How many times as many noises as usual a search has."""
         return self.num_variants * (HEAVY_FACTOR if self.heavy else 1)
 
     @property

@@ -31,8 +31,7 @@ def best_of_kinds(standings: Sequence[Standing], count: int) -> list[KnownTable]
 
 def make_family(problem: Problem, known: SearchedSolver) -> SolverFamily:
     """The solvers around a known one among which a search looks."""
-    offsets = problem.prediction_type != "flow_prediction"
-    return SolverFamily(problem.process, known, offsets, problem.rounding)
+    return SolverFamily(problem.process, known, problem.offsets, problem.rounding)
 
 
 def start_grids(process: NoiseProcess, num_steps: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

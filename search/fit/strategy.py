@@ -1,6 +1,5 @@
 """The search of a solver: what is known races, the best of different kinds are improved, and one is judged best."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -11,23 +10,12 @@ from diffusers_searched_solver import SearchedSolver
 
 from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, known_tables
 from ..known.contest import Contest, score
-from ..known.race import HARD_RUNGS, RUNGS, best_of_families, gathered_weights, race
+from ..known.race import best_of_families, gathered_weights, race
 from ..launch.journal import Journal
 from ..launch.progress import Finding
 from ..pipeline.rollout import Batch, endpoint_errors, rollout, sample_errors
 from ..teacher.noises import Weights, portion_end
-from .budget import (
-    CONFIRMING,
-    FIRST_NOISES,
-    HEAVY_NOISES,
-    JUDGED,
-    JUDGES,
-    JUDGING_SHARE,
-    LATER_NOISES,
-    MOST_JUDGES,
-    TIMES_NOISES,
-    WAYS,
-)
+from .budget import CONFIRMING, LEAST_TRIALS, MOST_JUDGES, TIMES_NOISES, WAYS, Budget
 from .gauss_newton import MAX_TRIALS, gauss_newton_iteration
 from .outcome import Contender, Outcome
 from .parameters import FRAME, ORDER
@@ -39,10 +27,8 @@ from .starts import best_of_kinds, given_tables, make_family, shorter, start_gri
 CLOSE = 1.6
 # Samples weigh 1 / error of the best known solver, but no more than if it were this share of the usual one.
 LEAST_SHARE = 0.01
-# Residuals that there are at least for the squared number of steps, about as many as numbers of a table.
-RESIDUALS = 4
-# Trials that an iteration makes at least, and more where there are calls for them; those of one over node times.
-LEAST_TRIALS, TIMES_TRIALS = 3, 5
+# Trials of an iteration over node times.
+TIMES_TRIALS = 5
 
 
 def judge_solver(problem: Problem, solver: SearchedSolver, journal: Journal, tell=lambda found: None) -> Outcome:
@@ -70,8 +56,12 @@ def fit_solver(
     3. The best of different kinds that are near to the best of all take one iteration over everything.
     4. The best of these takes as many more as there are calls for, each on fresh noises, on twice as many where what
        was fitted does not show on the noises that judge.
-    5. More noises judge until the best and the best that was known are told apart; where a few noises are much harder
-       than others, fresh ones choose between these and what lies between. If it is not better, the known one is it.
+    5. More noises judge until the best and the best that was known are told apart. If it is not better, the known one
+       is the outcome.
+
+    Where a few noises are much harder than others, all is on more noises, of which more are hard ones. Known tables
+    race on these, the best start takes its iteration on 64, steps are judged too, and in the end fresh noises choose
+    between the outcome, solvers on the way to it and the best that was known.
 
     Args:
         problem, num_steps: What to fit, and N.
@@ -92,70 +82,17 @@ class _Fit:
     """One call of `fit_solver`."""
 
     def __init__(self, problem, num_steps, max_calls, journal, tell, given):
-        self.problem, self.num_steps, self.max_calls = problem, num_steps, max_calls
+        self.problem, self.num_steps, self.budget = problem, num_steps, Budget(problem, num_steps, max_calls)
         self.journal, self.tell, self.start = journal, tell, journal.spent
-        self.num_judges = self._judges()
         self.tables = [*known_tables(problem.config, num_steps), *given_tables(given, problem.process, num_steps)]
-        self._check_budget()
-
-    @property
-    def _rungs(self) -> Sequence[tuple[int, float]]:
-        return HARD_RUNGS if self.problem.heavy else RUNGS
-
-    def _judges(self) -> int:
-        """How many noises judge: as many as a share of the calls pays for, within what is useful."""
-        each = (self.problem.teacher_steps + JUDGED * self.num_steps) * self.problem.calls_per_evaluation
-        least, most = self.problem.judges_factor * JUDGES, self.problem.judges_factor * MOST_JUDGES
-        return portion_end(int(np.clip(JUDGING_SHARE * self.max_calls / each, least, most)))
-
-    def _many(self, noises: int) -> int:
-        """As many times the usual number of noises as this problem needs, at the end of a portion."""
-        return portion_end(self.problem.factor * noises)
-
-    def _enough(self, noises: int) -> int:
-        """As many, or as many as have a few residuals for every number of a table: states of toys are so small."""
-        return max(self._many(noises), portion_end(math.ceil(RESIDUALS * self.num_steps**2 / self.problem.elements)))
-
-    def _check_budget(self):
-        first = self._enough(FIRST_NOISES)
-        racing = sum(len(self.tables) * share * self._many(n) for n, share in self._rungs) * self.num_steps / 2
-        teacher = self.problem.teacher_steps * (first + self.num_judges)
-        judging = 4 * self.num_judges * self.num_steps
-        least = int((teacher + racing + judging + self._iteration(first)) * self.problem.calls_per_evaluation)
-        if self.max_calls < least:
-            raise ValueError(
-                f"`max_calls` is {self.max_calls:,}, expected at least {least:,} for {self.num_steps} steps: the "
-                f"teacher's {self.problem.teacher_steps} steps from {first + self.num_judges} noises, the race of all "
-                "that is known and one iteration. Allow more, or search for fewer steps."
-            )
+        self.num_judges = self.budget.judges
+        self.budget.check(len(self.tables))
 
     @property
     def left(self) -> float:
         """Evaluations of one sample that there are calls for, but for those that the outcome is confirmed with."""
         spent = self.problem.calls + self.journal.spent - self.start
-        return (self.max_calls - spent) / self.problem.calls_per_evaluation - self._reserve
-
-    @property
-    def _reserve(self) -> int:
-        """Evaluations of one sample that confirming takes."""
-        if not self.problem.heavy:
-            return 0
-        count = self._many(CONFIRMING)
-        made = (count - self.problem.confirming.made) * self.problem.teacher_steps
-        return made + count * (1 + len(WAYS)) * self.num_steps
-
-    def _iteration(self, noises: int, times_only: bool = False) -> int:
-        """Evaluations of an iteration that makes the least trials, and of judging it."""
-        n = self.num_steps
-        family = make_family(self.problem, self.tables[0].solver)
-        columns = sum(n - entry.known for entry in family.searched(family.entries(family.start), times_only))
-        judged = 0 if times_only else (1.5 if self.problem.heavy else 1) * self.num_judges
-        return int(noises * (columns + 2 * n) + judged * n) + LEAST_TRIALS * self._trial(noises, times_only)
-
-    def _trial(self, noises: int, times_only: bool = False) -> int:
-        """Evaluations of a step that is tried: where steps are judged, half of the noises that judge do so."""
-        judged = self.num_judges // 2 if self.problem.heavy and not times_only else 0
-        return self.num_steps * (noises + judged)
+        return (self.budget.max_calls - spent) / self.problem.calls_per_evaluation - self.budget.confirming
 
     def run(self) -> Iterator[Outcome]:
         """Search."""
@@ -176,7 +113,7 @@ class _Fit:
     def _raced(self) -> list[Contender]:
         """The best known tables of different kinds, on the noises that judge."""
         noises = self.problem.judging if self.problem.heavy else self.problem.train
-        standings = race(self.tables, noises, self._many, self.journal.remember, self._rungs)
+        standings = race(self.tables, noises, self.budget.many, self.journal.remember, self.budget.rungs)
         best = best_of_kinds(standings, 2 * self.problem.factor)
         starts = [self._judged(str(table), table.solver) for table in best]
         # What follows from other step counts is a start, but nothing that anybody knew.
@@ -232,7 +169,7 @@ class _Fit:
         batches, weights = self.problem.train.between(start, stop), self.problem.train.weights(start, stop)
         judge = None if times_only else self._judge_of_steps()
         noises = stop - start
-        spare = max(0, self.left - self._iteration(noises)) // self._trial(noises)
+        spare = max(0, self.left - self.budget.iteration(noises)) // self.budget.trial(noises)
         trials = TIMES_TRIALS if times_only else int(min(LEAST_TRIALS + spare, MAX_TRIALS))
 
         def compute() -> dict:
@@ -264,7 +201,7 @@ class _Fit:
 
     def _staged(self) -> Contender:
         """Adams-Bashforth on searched node times."""
-        moved, noises = [], self._many(TIMES_NOISES)
+        moved, noises = [], self.budget.many(TIMES_NOISES)
         batches, weights = self.problem.train.between(0, noises), gathered_weights(self.problem.train, 0, noises)
         for grid in start_grids(self.problem.process, self.num_steps):
             family = make_family(self.problem, SearchedSolver.adams_bashforth(*grid, FRAME, ORDER))
@@ -281,15 +218,14 @@ class _Fit:
         best take one, on the same noises; in the next there is one of them less.
         """
         best, racing = min([self.known, *contenders], key=self._rank), list(contenders)
-        first = HEAVY_NOISES if self.problem.heavy else FIRST_NOISES
-        window, repeated = self._affordable(shorter(0, self._enough(first))), False
+        window, repeated = self._affordable(shorter(0, self.budget.first_noises)), False
         while window:
             start, stop = window
             racing = sorted(racing, key=self._rank)
             racing = [each for each in racing if self._rank(each) <= CLOSE * self._rank(racing[0])]
             moved, losses = [], []
             for contender in racing:
-                if moved and self._iteration(stop - start) > self.left / 2:
+                if moved and self.budget.iteration(stop - start) > self.left / 2:
                     break
                 improved, loss = self._iterated(contender, start, stop, times_only=False)
                 moved.append(min(contender, improved, key=self._rank))
@@ -311,7 +247,7 @@ class _Fit:
         loss, rank = fitted
         # The loss is of squares.
         fits_only = rank > 1 - (1 - np.sqrt(loss)) / 2
-        size = self._enough(HEAVY_NOISES if self.problem.heavy else LATER_NOISES)
+        size = self.budget.later_noises
         first = [(0, size)] if stop < size else []
         end = size if first else portion_end(stop + (2 if fits_only else 1) * (stop - start))
         return [*first, *shorter(stop, end), (start, stop)]
@@ -320,7 +256,7 @@ class _Fit:
         """The first of these that there are calls for."""
         for start, stop in windows:
             made = max(0, stop - self.problem.train.made)
-            if self._iteration(stop - start) + made * self.problem.teacher_steps <= self.left:
+            if self.budget.iteration(stop - start) + made * self.problem.teacher_steps <= self.left:
                 return start, stop
         return None
 
@@ -328,7 +264,7 @@ class _Fit:
         """The outcome, with as many noises that judge as it takes to tell the best from the best that was known."""
         if self.problem.heavy:
             return self._confirmed(best)
-        while best is not self.known and self.num_judges < self._many(MOST_JUDGES):
+        while best is not self.known and self.num_judges < self.budget.many(MOST_JUDGES):
             more = portion_end(self.num_judges + 1)
             cost = (more - self.problem.judging.made) * self.problem.teacher_steps + 2 * more * self.num_steps
             if self._contest(best).is_decided or cost > self.left:
@@ -345,7 +281,7 @@ class _Fit:
         them for having been chosen, and they may have none like the one that others will meet. So fresh ones, as they
         come, choose once: between the best, solvers on the way to it, and the best that was known.
         """
-        count = self._many(CONFIRMING)
+        count = self.budget.many(CONFIRMING)
         batches = self.problem.confirming.between(0, count)
         weights = gathered_weights(self.problem.confirming, 0, count)
 
