@@ -6,24 +6,27 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 DIMENSIONS = 64
-SPREAD = 0.3
 
 
 class MixtureVelocity(torch.nn.Module):
     """
-    E[noise - data | x] at sigma, where data is of two Gaussians of deviation `SPREAD` and x = (1 - sigma) D + sigma E.
+    E[noise - data | x] at sigma, where data is of two Gaussians and x = (1 - sigma) D + sigma E.
+
+    Args:
+        distance, spread (`float`): Of their means from the origin, and their deviation.
     """
 
-    def __init__(self):
+    def __init__(self, distance: float, spread: float):
         super().__init__()
+        self.spread = spread
         means = torch.randn(2, DIMENSIONS, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("means", means / means.norm(dim=1, keepdim=True) * 3)
+        self.register_buffer("means", means / means.norm(dim=1, keepdim=True) * distance)
 
     def forward(self, x, sigma):
-        variance = (1 - sigma) ** 2 * SPREAD**2 + sigma**2
+        variance = (1 - sigma) ** 2 * self.spread**2 + sigma**2
         offsets = x[:, None] - (1 - sigma) * self.means
         shares = (-offsets.square().sum(-1) / (2 * variance)).softmax(1)[..., None]
-        data = self.means + (1 - sigma) * SPREAD**2 / variance * offsets
+        data = self.means + (1 - sigma) * self.spread**2 / variance * offsets
         noise = sigma / variance * offsets
         return (shares * (noise - data)).sum(1)
 
@@ -45,6 +48,6 @@ class MixturePipeline(DiffusionPipeline):
         return x
 
 
-def mixture_pipeline() -> MixturePipeline:
-    """One."""
-    return MixturePipeline(MixtureVelocity(), FlowMatchEulerDiscreteScheduler())
+def mixture_pipeline(distance: float = 3.0, spread: float = 0.3) -> MixturePipeline:
+    """One. The further apart and the narrower its Gaussians are, the harder are the noises that lie between them."""
+    return MixturePipeline(MixtureVelocity(distance, spread), FlowMatchEulerDiscreteScheduler())

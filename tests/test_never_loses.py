@@ -22,7 +22,7 @@ from search import find_solver
 from search.fit import strategy
 from search.fit.gauss_newton import confined_step
 from search.fit.parameters import SolverFamily
-from search.fit.problem import _is_heavy, _stratified, search_problem
+from search.fit.problem import HEAVY, _evenness, _stratified, search_problem
 from search.known.baselines import CLASSICAL, KnownTable, at_other_steps, diffusers_schedulers, known_tables
 from search.known.contest import Contest, score
 from search.known.race import LEAST, RUNGS, race
@@ -265,9 +265,22 @@ def test_strata_weigh_as_many_as_there_are_of_them():
 
 def test_a_few_noises_that_have_most_of_the_squares_are_noticed():
     normal = np.random.default_rng(0).uniform(0.5, 1, 32)
-    assert not _is_heavy(normal)
-    assert _is_heavy([*normal[1:], 20.0])
-    assert not _is_heavy(np.zeros(32))
+    assert _evenness(np.ones(8)) == _evenness(np.zeros(8)) == 1
+    assert _evenness([*np.zeros(7), 1]) == pytest.approx(1 / 8)
+    assert _evenness([*normal[1:], 20.0]) < HEAVY < _evenness(normal)
+
+
+def test_where_a_few_noises_are_much_harder_the_search_is_better_on_others_too(one_thread):
+    pipe = mixture_pipeline(distance=10, spread=0.1)
+    calls = NetworkCalls(pipe)
+    held_out = make_batches(pipe, [{}], list(range(10**9, 10**9 + 256)), 64, 512, calls)
+    said = []
+    outcome = find_solver(pipe, 5, [{}], batch_size=16, log=said.append)
+    assert "confirmed" in said[-2]
+    contest = Contest.of(*(endpoint_errors(held_out, each) for each in (outcome.solver, outcome.best_known.solver)))
+    assert contest.wins and contest.ratio < 0.3
+    for batch in held_out:
+        batch.field.close()
 
 
 # The family

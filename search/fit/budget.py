@@ -20,9 +20,10 @@ BASE_CALLS, CALLS_PER_CUBED_STEP = 8_500, 17
 # Noises of the stages, each at the end of a portion: node times, everything at first, everything from then on. Twice
 # as many, and more calls, where a few noises are much harder than others, and for every guidance scale.
 TIMES_NOISES, FIRST_NOISES, LATER_NOISES = 4, 8, 16
-# Noises of all iterations over everything where a few noises are much harder than others, for as many times the usual
-# calls: what one Jacobian says of 32 or fewer depends on which of these they are.
-HEAVY_NOISES = 32
+# Noises of all iterations over everything where a few noises are much harder than others: so many that they are worth
+# as many even ones, within these. Of the most uneven network of galaxies, what one Jacobian says of 40 noises depends
+# on which these are; where 32 will do, two rounds of as many lead farther than one of 64.
+EFFECTIVE_NOISES, HEAVY_NOISES = 12, (32, 64)
 # Noises that judge at least, and at most; between them, those whose teacher and some runs of solvers take a share of
 # the calls: with more calls there are more solvers to choose from, and a few noises that see no difference between
 # the best of them would keep the first (on an exact mixture, six times the calls had ended where it began).
@@ -63,12 +64,18 @@ class Budget:
     @property
     def first_noises(self) -> int:
         """Of the first iterations over everything."""
-        return self.enough(HEAVY_NOISES if self.problem.heavy else FIRST_NOISES)
+        return self._heavy_noises if self.problem.heavy else self.enough(FIRST_NOISES)
 
     @property
     def later_noises(self) -> int:
         """Of those that follow."""
-        return self.enough(HEAVY_NOISES if self.problem.heavy else LATER_NOISES)
+        return self._heavy_noises if self.problem.heavy else self.enough(LATER_NOISES)
+
+    @property
+    def _heavy_noises(self) -> int:
+        return portion_end(
+            self.problem.num_variants * int(np.clip(EFFECTIVE_NOISES / self.problem.evenness, *HEAVY_NOISES))
+        )
 
     @property
     def judges(self) -> int:
@@ -151,7 +158,7 @@ def search_bytes(
     What a search holds in one process beyond a run of the pipeline, at most: derivatives, the teacher's ends, calls
     that are suspended, and a run with all its states and predictions.
     """
-    iterated = HEAVY_FACTOR * HEAVY_NOISES if heavy else LATER_NOISES
+    iterated = HEAVY_NOISES[1] if heavy else LATER_NOISES
     judging = HEAVY_FACTOR * (HEAVY_JUDGES * JUDGES + CONFIRMING) if heavy else JUDGES
     iterated, noises = (math.ceil(num_variants * n / num_processes) for n in (iterated, iterated + judging))
     state, most = 4.0 * elements, max(step_counts)

@@ -39,8 +39,8 @@ MOST_TEACHER_STEPS = 1024
 # The noises on which the teacher is tried.
 TEACHER_NOISES = 4
 # Noises that are looked at to see whether a few are much harder than others; if so, twice as many of those to fit and
-# of those that judge are screened, of which one in HARD is of the hard ones. A sample is heavy if it has no more
-# spread than this share of as many equal ones would have (six samples of 64: 0.06 to 0.52 on networks of galaxies,
+# of those that judge are screened, of which one in HARD is of the hard ones. Noises are heavy if they are less even
+# than this (six samples of 64: 0.06 to 0.52 on networks of galaxies,
 # 0.68 to 0.86 on those of digits; samples of 32 overlap). Then there are more noises and calls, and even more noises
 # that judge.
 SCREENED, HARD, HEAVY = 64, 8, 0.6
@@ -61,7 +61,7 @@ class Problem:
         rounding (`float`): Of its predictions.
         train, judging (`Noises`): To fit, and to judge what was fitted.
         confirming (`Noises`): To ask once, when all is done.
-        heavy (`bool`): Whether a few noises are much harder than others.
+        evenness (`float`): How many noises of one hardness would be worth as much as one: one if all are of one.
         num_variants (`int`): Guidance scales and sizes that the solver has to serve.
         teacher_steps (`int`): Of the run whose ends are the goal.
         teacher_error (`float`): Its own error, as far as runs of half its steps show.
@@ -77,13 +77,18 @@ class Problem:
     train: Noises
     judging: Noises
     confirming: Noises
-    heavy: bool
+    evenness: float
     num_variants: int
     teacher_steps: int
     teacher_error: float
     elements: int
     calls_per_evaluation: int
     setup_calls: int
+
+    @property
+    def heavy(self) -> bool:
+        """Whether a few noises are much harder than others."""
+        return self.evenness < HEAVY
 
     @property
     def offsets(self) -> bool:
@@ -150,7 +155,8 @@ def search_problem(
         return _stratified(split_seeds(seed, split, len(distances)), distances, spacing)
 
     of_train = disagreements(TRAIN_SEEDS, 0, SCREENED)
-    heavy = _is_heavy(of_train)
+    evenness = _evenness(of_train)
+    heavy = evenness < HEAVY
     train_order = screened(TRAIN_SEEDS, HARD // 2, of_train) if heavy else ()
     # The hard ones come first: on these, what is known races.
     judging_order = screened(JUDGING_SEEDS, 1) if heavy else ()
@@ -171,7 +177,7 @@ def search_problem(
         train,
         judging,
         noises(CONFIRMING_SEEDS, teacher_steps),
-        heavy,
+        evenness,
         len({variant_of(condition) for condition in conditions}),
         teacher_steps,
         error,
@@ -239,10 +245,11 @@ def _disagreements(
     return [by_seed[each] for each in seeds]
 
 
-def _is_heavy(distances: Sequence[float]) -> bool:
-    """Whether a few noises have most of the squares: as few as would fill a part of the sample alone."""
+def _evenness(distances: Sequence[float]) -> float:
+    """(sum of squares)^2 / (n * sum of their squares): one of n equal ones, 1 / n if one has all."""
     squares = np.nan_to_num(np.square(distances), posinf=1e300)
-    return bool(squares.sum() ** 2 < HEAVY * len(squares) * np.square(squares).sum())
+    spread = len(squares) * np.square(squares).sum()
+    return float(squares.sum() ** 2 / spread) if spread else 1.0
 
 
 def _stratified(seeds: Sequence[int], distances: Sequence[float], spacing: int) -> tuple[list[int], dict[int, float]]:
