@@ -23,7 +23,7 @@ TIMES_NOISES, FIRST_NOISES, LATER_NOISES = 4, 8, 16
 # Noises of all iterations over everything where a few noises are much harder than others: so many that they are worth
 # as many even ones, within these. Of the most uneven network of galaxies, what one Jacobian says of 40 noises depends
 # on which these are; where 32 will do, two rounds of as many lead farther than one of 64.
-EFFECTIVE_NOISES, HEAVY_NOISES = 12, (32, 64)
+EFFECTIVE_NOISES, HEAVY_NOISES = 7, (32, 64)
 # Noises that judge at least, and at most; between them, those whose teacher and some runs of solvers take a share of
 # the calls: with more calls there are more solvers to choose from, and a few noises that see no difference between
 # the best of them would keep the first (on an exact mixture, six times the calls had ended where it began).

@@ -114,7 +114,7 @@ class _Fit:
         """The best known tables of different kinds, on the noises that judge."""
         noises = self.problem.judging if self.problem.heavy else self.problem.train
         standings = race(self.tables, noises, self.budget.many, self.journal.remember, self.budget.rungs)
-        best = best_of_kinds(standings, 2 * self.problem.factor)
+        best = best_of_kinds(standings, self.problem.judges_factor)
         starts = [self._judged(str(table), table.solver) for table in best]
         # What follows from other step counts is a start, but nothing that anybody knew.
         self.tuned = best_of_families([each for each in standings if each.table.family not in (GIVEN, NEIGHBOUR)])
