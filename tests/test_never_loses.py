@@ -34,6 +34,8 @@ from search.teacher.noises import Weights, portion_end
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+# Of three, chance alone may have made the smallest budget the best one.
+SEEDS = 6
 UNGUIDED = [{"class_labels": [k], "guidance_scale": 1.0} for k in range(10)]
 PROCESSES = pytest.mark.parametrize("process", [FlowMatching(), VariancePreserving()], ids=["flow", "vp"])
 
@@ -54,7 +56,7 @@ def of_budgets(mixture):
     """For each budget and seed the errors of the outcome and of the best that was known, on held-out noises."""
     pipe, held_out = mixture
     found = {7_000: [], 14_000: [], 40_000: []}
-    for (budget, of_budget), seed in ((pair, seed) for pair in found.items() for seed in range(3)):
+    for (budget, of_budget), seed in ((pair, seed) for pair in found.items() for seed in range(SEEDS)):
         said = []
         outcome = find_solver(pipe, 5, [{}], max_calls=budget, seed=seed, batch_size=16, log=said.append)
         spent = [int(n.replace(",", "")) for line in said for n in re.findall(r"network calls ([\d,]+)", line)]
@@ -72,7 +74,7 @@ def of_budgets(mixture):
 def test_a_larger_budget_is_no_worse_and_none_is_exceeded(of_budgets, measure):
     ratios = [[measure(ours) / measure(known) for ours, known in of_budget] for of_budget in of_budgets.values()]
     means, spreads = ([of(found) for found in ratios] for of in (np.mean, np.ptp))
-    assert means[0] < 0.1
+    assert means[2] < means[0] and means[2] < 0.1
     # Other noises, other luck: what seeds alone make of it.
     assert means[1] < means[0] + spreads[0] and means[2] < means[1] + spreads[1]
 

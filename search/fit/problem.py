@@ -214,7 +214,7 @@ def _good_teacher(
 def setup_evaluations(teacher_steps: int, most_steps: int) -> int:
     """Evaluations of one sample for screening, and until the teacher is good enough on a few noises."""
     return int(
-        FEW * len(SCREENING_FAMILIES) * SCREENING_STEPS + TEACHER_NOISES * (1.5 * teacher_steps + 3 * most_steps)
+        1.5 * FEW * len(SCREENING_FAMILIES) * SCREENING_STEPS + TEACHER_NOISES * (1.5 * teacher_steps + 3 * most_steps)
     )
 
 
