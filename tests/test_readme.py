@@ -35,9 +35,12 @@ def test_a_stranger_in_a_hurry_reads_at_most_120_lines():
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_every_link_to_a_file_leads_to_one(page):
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXTS[page]):
-        assert (ROOT / page / link).exists(), link
+def test_every_link_to_a_file_leads_to_one_and_to_a_heading_of_it(page):
+    for link, heading in re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", TEXTS[page]):
+        path = ROOT / page / link
+        assert path.exists(), link
+        titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE) if heading else []
+        assert heading in ("", *(re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles)), link
 
 
 def test_the_search_that_is_shown_runs(tmp_path):

@@ -1,4 +1,9 @@
-"""How near images are to others: pairs of images, and sets of images by the features that a network makes of them."""
+"""
+How near images are to others: pairs of images, and sets of images by the features that a network makes of them.
+
+PSNR, SSIM, FID and the kernel of KID are torchmetrics'. It has no precision and recall, its KID also compares images
+from one noise, and its inception score would run the network once more.
+"""
 
 import torch
 from torch import Tensor

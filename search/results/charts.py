@@ -1,4 +1,9 @@
-"""Charts as numbers: everything in per cent of the plot, for a page that gives it whatever size it has."""
+"""
+Charts as numbers: everything in per cent of the plot, for a page that gives it whatever size it has.
+
+By hand, because what plotting libraries write are pictures of one size and one colour scheme, or pages that need their
+script; the report is one file that is read on a phone, in the dark, aloud and without a network.
+"""
 
 import math
 from collections.abc import Sequence
