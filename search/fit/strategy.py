@@ -60,7 +60,7 @@ def fit_solver(
        is the outcome.
 
     Where a few noises are much harder than others, all is on more noises, of which more are hard ones. Known tables
-    race on these, the best start takes its iteration on 64, steps are judged too, and in the end fresh noises choose
+    race on these, an iteration is on 32 to 64, its steps are judged too, and in the end fresh noises choose
     between the outcome, solvers on the way to it and the best that was known.
 
     Args:
