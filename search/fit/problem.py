@@ -43,7 +43,7 @@ TEACHER_NOISES = 4
 # digits, of 64 between 0.06 and 0.52 and 0.68 and 0.86. Heavy are those below HEAVY. Then SCREENED of those to fit
 # and of those that judge are screened, of which one in HARD is of the hard ones, and there are more noises and calls,
 # and even more noises that judge.
-FEW, UNSURE, HEAVY, SCREENED, HARD = 32, 0.8, 0.6, 128, 8
+FEW, UNSURE, HEAVY, SCREENED, HARD = 32, 0.8, 0.55, 128, 8
 SCREENING_FAMILIES, SCREENING_STEPS = ("UniPC 3", "DPM-Solver++(2M)"), 4
 HEAVY_FACTOR, HEAVY_JUDGES, HEAVY_CALLS = 2, 2, 2.5
 # What halving the steps of a method of third order multiplies its error with, less one: that is in the difference.
