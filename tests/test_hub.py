@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from diffusers import DDIMScheduler
 from hub_server import TOKEN, Hub
 from packaging.version import Version
 from tiny_pipelines import build
@@ -468,7 +469,10 @@ def test_pushing_without_the_right_token_is_refused(hub, online, tmp_path):
 def pipeline_folder(tmp_path_factory):
     """A small DiT pipeline whose index names DDIM, and in whose scheduler folder our solver lies too."""
     folder = tmp_path_factory.mktemp("pipeline")
-    build("dit").pipe.save_pretrained(folder)
+    case = build("dit")
+    # Others of these tests may have left theirs in it.
+    case.attach(DDIMScheduler.from_config(case.config))
+    case.pipe.save_pretrained(folder)
     scheduler("in the pipeline").save_pretrained(folder / "scheduler")
     return folder
 
