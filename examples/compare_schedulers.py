@@ -53,9 +53,7 @@ goals = sample_films(pipe, SearchedSolverScheduler.from_config(config), call_kwa
 
 def distance(films, goals):
     """Root mean square difference of pixels, which are from 0 to 1."""
-    pixels, of_goals = (
-        np.float64([[np.asarray(frame) for frame in film] for film in each]) for each in (films, goals)
-    )
+    pixels, of_goals = (np.stack([np.float64(frame) for film in each for frame in film]) for each in (films, goals))
     return np.sqrt(np.square((pixels - of_goals) / 255).mean())
 
 
@@ -87,10 +85,7 @@ for row, (label, films) in enumerate(rows):
     draw.text((8, top + tile[1] // 2), label, fill="black", anchor="lm", font_size=14)
     errors = error_films(films, goals) if row else []
     for column, film in enumerate([*films, *errors]):
-        image = (
-            strip(film)
-            .convert("RGB")
-            .resize(tile, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-        )
+        resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        image = strip(film).convert("RGB").resize(tile, resampling)
         picture.paste(image, (LABEL_WIDTH + column * (tile[0] + GAP), top))
 picture.save(args.output)

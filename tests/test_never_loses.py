@@ -270,6 +270,7 @@ def test_a_few_noises_that_have_most_of_the_squares_are_noticed():
     assert _evenness(np.ones(8)) == _evenness(np.zeros(8)) == 1
     assert _evenness([*np.zeros(7), 1]) == pytest.approx(1 / 8)
     assert _evenness([*normal[1:], 20.0]) < HEAVY < _evenness(normal)
+    assert _evenness([*normal[1:], np.inf]) == _evenness([*normal[1:], np.nan]) == pytest.approx(1 / 32)
 
 
 def test_where_a_few_noises_are_much_harder_the_search_is_better_on_others_too(one_thread):

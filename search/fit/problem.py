@@ -20,6 +20,7 @@ from diffusers_searched_solver import (
 from diffusers_searched_solver.check import teacher_solver
 from diffusers_searched_solver.rivals import diffusers_schedulers
 
+from ..known.contest import TINY, finite
 from ..known.race import FirstPredictions
 from ..launch.processes import agree, everyone, gather, share, total
 from ..pipeline.conditions import variant_of
@@ -249,7 +250,8 @@ def _disagreements(
 
 def _evenness(distances: Sequence[float]) -> float:
     """(sum of squares)^2 / (n * sum of their squares): one of n equal ones, 1 / n if one has all."""
-    squares = np.nan_to_num(np.square(distances), posinf=1e300)
+    distances = finite(torch.tensor(distances))
+    squares = np.square((distances / max(float(distances.max()), TINY)).numpy())
     spread = len(squares) * np.square(squares).sum()
     return float(squares.sum() ** 2 / spread) if spread else 1.0
 

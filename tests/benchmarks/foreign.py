@@ -6,7 +6,7 @@ The search on networks that nobody here has trained: held-out errors over those 
 where FOLDER has a module `galaxies` with a function `pipeline(name)`, which makes a pipeline of a network by its name,
 for instance of those that the package galaxygrad carries. Each network is searched for 5 and 8 steps with three seeds
 and default settings, and measured on 128 noises that no search has, by a teacher of 256 steps. The rival is the one of
-all schedulers and settings of diffusers that is best on these very noises. Some 6 minutes a network of 32 x 32 pixels
+all schedulers and settings of diffusers that is best on these very noises. Some 10 minutes a network of 32 x 32 pixels
 on one core. Nothing is written but what is printed.
 """
 
