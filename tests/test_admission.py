@@ -9,7 +9,7 @@ import torch
 from diffusers import DiTPipeline
 from diffusers.hooks import FirstBlockCacheConfig
 from fields import inputs_of, load, own_run
-from tiny_pipelines import build
+from tiny_pipelines import build, build_anew
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, check_solver, time_grid
 from diffusers_searched_solver.serialization import SolverFile
@@ -69,7 +69,7 @@ def test_a_guidance_interval_is_found_out():
 
 
 def test_a_cache_between_steps_is_refused_when_a_field_opens(open_field):
-    case = build.__wrapped__("flux")
+    case = build_anew("flux")
     case.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(FieldError, match=r"Call `pipe\.transformer\.disable_cache\(\)`"):
         open_field(case.pipe, inputs_of("flux"), [0])

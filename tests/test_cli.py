@@ -277,7 +277,7 @@ def test_distances_are_those_of_the_pipelines_own_latents(digits):
 
 @pytest.mark.parametrize("name", ["dit", "flux", "wan"])
 def test_any_pipeline_can_be_measured_and_is_left_as_it_was(name):
-    case = build.__wrapped__(name)  # with the scheduler that it is built with
+    case = build(name)
     own, steps = case.pipe.scheduler, []
     one_sample = {**case.inputs, "class_labels": [3]} if name == "dit" else case.inputs
     found = check_solver(case.pipe, solver_file(case.pipe), [one_sample] * 5, on_step=lambda: steps.append(1))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from diffusers import DDIMScheduler
 from hub_server import TOKEN, Hub
 from packaging.version import Version
 from tiny_pipelines import build
@@ -470,8 +469,6 @@ def pipeline_folder(tmp_path_factory):
     """A small DiT pipeline whose index names DDIM, and in whose scheduler folder our solver lies too."""
     folder = tmp_path_factory.mktemp("pipeline")
     case = build("dit")
-    # Others of these tests may have left theirs in it.
-    case.attach(DDIMScheduler.from_config(case.config))
     case.pipe.save_pretrained(folder)
     scheduler("in the pipeline").save_pretrained(folder / "scheduler")
     return folder

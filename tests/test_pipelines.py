@@ -49,7 +49,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from tiny_pipelines import BUILDERS, NUM_STEPS, OWN_SCHEDULE, build
+from tiny_pipelines import BUILDERS, NUM_STEPS, OWN_SCHEDULE, build, build_anew
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, time_grid
 
@@ -272,7 +272,7 @@ def test_a_pipeline_runs_in_half_precision(name, dtype):
     """Every step by itself is as exact as the dtype of its result."""
     if name in ("ddim", "ddpm") and dtype == torch.bfloat16:
         pytest.skip("the pipeline hands bfloat16 to numpy, which has none")
-    case = build.__wrapped__(name)
+    case = build_anew(name)
     for component in case.pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.to(dtype)

@@ -27,7 +27,7 @@ class TinyPipeline:
         blends (`bool`): Whether the pipeline edits the state between the steps.
         sign (`int`): -1 where the pipeline hands the scheduler a negated velocity.
         output (`str`): Where the result is.
-        config: The config of the scheduler that came with it.
+        scheduler, config: What came with it.
     """
 
     pipe: object
@@ -39,6 +39,7 @@ class TinyPipeline:
     blends: bool = False
     sign: int = 1
     output: str = "images"
+    scheduler: object = field(init=False)
     config: dict = field(init=False)
 
     def attach(self, scheduler):
@@ -76,16 +77,25 @@ def tiny_with_own_schedule(function):
     return function
 
 
-@cache
 def build(name: str) -> TinyPipeline:
-    """The tiny pipeline of this name, always with the same weights; built once."""
+    """The tiny pipeline of this name, always with the same weights and the scheduler that it came with."""
+    case = _built(name)
+    case.attach(case.scheduler)
+    return case
+
+
+def build_anew(name: str) -> TinyPipeline:
+    """One that nobody else has."""
     torch.manual_seed(0)
     case = {**BUILDERS, **OWN_SCHEDULE}[name]()
-    case.config = case.pipe.scheduler.config
+    case.scheduler, case.config = case.pipe.scheduler, case.pipe.scheduler.config
     for component in case.pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval()
     return case
+
+
+_built = cache(build_anew)
 
 
 def embeddings(*shape: int, seed: int = 0) -> torch.Tensor:
