@@ -1,6 +1,6 @@
 """What a folder already has: an earlier search that is added to, gone on with, measured again, or not overwritten."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from accelerate import PartialState
@@ -120,11 +120,11 @@ def to_measure(
 
 
 def _tuned(
-    pipe: DiffusionPipeline, solvers: Mapping[int, SearchedSolver], settings: Mapping[int, Mapping[str, str]]
-) -> dict[int, dict[str, KnownTable]]:
+    pipe: DiffusionPipeline, solvers: Mapping[int, SearchedSolver], names: Mapping[int, Sequence[tuple[str, str]]]
+) -> dict[int, list[KnownTable]]:
     """The known tables that the report of a search names, in its order."""
     known = {n: {(t.family, t.setting): t for t in known_tables(pipe.scheduler.config, n)} for n in solvers}
-    return {n: {f: known[n][f, s] for f, s in settings[n].items()} for n in solvers}
+    return {n: [known[n][name] for name in names[n]] for n in solvers}
 
 
 def _read(settings: Settings) -> tuple[SolverFile, Report | None]:

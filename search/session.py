@@ -126,7 +126,7 @@ class Session:
         report: Report,
         solvers: Mapping[int, SearchedSolver],
         provenance: Mapping[str, str] | None,
-        tuned: Mapping[int, Mapping[str, KnownTable]] | None,
+        tuned: Mapping[int, Sequence[KnownTable]] | None,
         expected: Mapping[str, int],
     ) -> Report:
         """
@@ -202,7 +202,7 @@ class Session:
             hard_noises=problem.heavy,
             verdicts={n: outcome.verdict for n, outcome in outcomes.items()},
             improved={n: outcome.improved for n, outcome in outcomes.items()},
-            tuned={n: {f: table.setting for f, table in each.tuned.items()} for n, each in outcomes.items()},
+            tuned={n: [(table.family, table.setting) for table in each.tuned] for n, each in outcomes.items()},
             costs=costs,
             peak_memory_over_inference=memory,
         )
@@ -279,8 +279,10 @@ class Session:
         return evaluation
 
     def _images(self, solvers, tuned, evaluation: Evaluation) -> dict | None:
+        best = {n: {(row.solver, row.setting) for row in rows} for n, rows in evaluation.results.items()}
         samplers = {
-            n: {SEARCHED: solver, **{family: table.solver for family, table in tuned[n].items()}}
+            n: {SEARCHED: solver}
+            | {each.family: each.solver for each in tuned[n] if (each.family, each.setting) in best[n]}
             for n, solver in solvers.items()
         }
         steps, settings = evaluation.teacher_steps, self.settings.of_images

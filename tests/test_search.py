@@ -107,7 +107,7 @@ def test_the_searched_solver_halves_the_error_of_every_baseline_on_other_noises(
     errors = endpoint_errors(evaluation, outcome.solver)
     assert len(outcome.tuned) >= 8
     # The bound is the project's own for classical tables; for diffusers' schedulers it is 0.5.
-    for table in outcome.tuned.values():
+    for table in outcome.tuned:
         contest = Contest.of(errors, endpoint_errors(evaluation, table.solver))
         assert contest.ratio < (0.5 if table.from_diffusers else 0.6), table
         assert contest.ratio_interval[0] <= contest.ratio <= contest.ratio_interval[1]

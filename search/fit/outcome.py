@@ -1,6 +1,6 @@
 """What a search comes to, and solvers on their way to it."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,14 +23,14 @@ class Outcome:
         best_known (`KnownTable`): What was best of all that was known before.
         contest (`Contest`, *optional*): The solver against `best_known` on `num_judges` noises that neither was fitted
             to; None if it is that table.
-        tuned (`dict[str, KnownTable]`): The best of each family of known tables.
+        tuned (`list[KnownTable]`): Those that may be the best of their family, in the order of the race.
     """
 
     solver: SearchedSolver
     best_known: KnownTable
     contest: Contest | None
     num_judges: int
-    tuned: Mapping[str, KnownTable]
+    tuned: Sequence[KnownTable]
 
     @property
     def improved(self) -> bool:

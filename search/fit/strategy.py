@@ -10,7 +10,7 @@ from diffusers_searched_solver import SearchedSolver
 
 from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, known_tables
 from ..known.contest import Contest, score
-from ..known.race import best_of_families, gathered_weights, race
+from ..known.race import gathered_weights, race, rivals
 from ..launch.journal import Journal
 from ..launch.progress import Finding
 from ..pipeline.rollout import Batch, endpoint_errors, rollout, sample_errors
@@ -117,7 +117,7 @@ class _Fit:
         best = best_of_kinds(standings, self.problem.judges_factor)
         starts = [self._judged(str(table), table.solver) for table in best]
         # What follows from other step counts is a start, but nothing that anybody knew.
-        self.tuned = best_of_families([each for each in standings if each.table.family not in (GIVEN, NEIGHBOUR)])
+        self.tuned = rivals([each for each in standings if each.table.family not in (GIVEN, NEIGHBOUR)])
         known = [(each, table) for each, table in zip(starts, best, strict=True) if table.family != NEIGHBOUR]
         self.known, self.best_known = min(known, key=lambda pair: pair[0].error)
         return starts

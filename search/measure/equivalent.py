@@ -1,6 +1,6 @@
 """In how many steps the best of diffusers is as near to the teacher as a searched solver."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,6 @@ from diffusers_searched_solver.rivals import diffusers_schedulers
 
 from ..known.baselines import KnownTable
 from ..pipeline.rollout import root_mean_square
-from .evaluate import SEARCHED, Comparison
 
 
 # The rival is measured at so many times the steps, and between them interpolated.
@@ -22,9 +21,9 @@ TIMES = (2, 3)
 class Equivalent:
     """
     Args:
-        solver, setting (`str`): The best of diffusers' schedulers, as the race of known tables has found it.
-        num_steps (`float`): In how many steps it is as near as the searched solver, on the noises of the first round,
-            by interpolation between logarithms of errors and steps.
+        solver, setting (`str`): The best of diffusers' schedulers.
+        num_steps (`float`): In how many steps it is as near as the searched solver, on the noises of one round, by
+            interpolation between logarithms of errors and steps.
         or_more (`bool`): Whether it is not as near even in so many.
     """
 
@@ -37,10 +36,9 @@ class Equivalent:
         return f"{self.solver} in {'more than' if self.or_more else 'about'} {round(self.num_steps)}"
 
 
-def farther_tables(config: Mapping, tuned: Mapping[str, KnownTable], num_steps: int) -> list[KnownTable]:
-    """The tables of more steps of the scheduler of diffusers that is best in `num_steps`, or none."""
-    best = next(table for table in tuned.values() if table.from_diffusers)
-    scheduler = diffusers_schedulers(config)[best.family][best.setting]
+def farther_tables(config: Mapping, best: KnownTable) -> list[KnownTable]:
+    """The tables of more steps of one of diffusers' schedulers, or none."""
+    num_steps, scheduler = best.solver.num_steps, diffusers_schedulers(config)[best.family][best.setting]
     try:
         return [
             KnownTable(best.family, best.setting, solver_from_scheduler(scheduler, times * num_steps), True)
@@ -52,23 +50,21 @@ def farther_tables(config: Mapping, tuned: Mapping[str, KnownTable], num_steps: 
 
 
 def equivalent(
-    comparison: Comparison, farther: Sequence[KnownTable], errors: Iterator[torch.Tensor]
+    best: KnownTable, searched: torch.Tensor, errors: torch.Tensor, farther: Sequence[tuple[KnownTable, torch.Tensor]]
 ) -> Equivalent | None:
     """
     Args:
-        comparison: After the first round.
-        farther: As in `farther_tables`.
-        errors: Theirs in that round, which are taken from it.
+        best: The best of diffusers.
+        searched, errors: The errors of the searched solver and of `best`, on the same noises.
+        farther: The tables of `farther_tables` with their errors.
 
     Returns:
         None if the searched solver is not nearer in as many steps, or nothing is known of more.
     """
-    if not farther:
-        return None
-    best, own = farther[0], comparison.error(SEARCHED)
-    counts = [comparison.solvers[SEARCHED].num_steps, *(table.solver.num_steps for table in farther)]
-    found = [comparison.error(best.family), *(root_mean_square(next(errors)) for _ in farther)]
-    if not own < found[0]:
+    own = root_mean_square(searched)
+    counts = [best.solver.num_steps, *(table.solver.num_steps for table, _ in farther)]
+    found = [root_mean_square(each) for each in (errors, *(each for _, each in farther))]
+    if not farther or not own < found[0]:
         return None
     # The interpolation wants errors that fall.
     falling = np.minimum.accumulate(found)

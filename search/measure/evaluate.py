@@ -25,7 +25,7 @@ class Row:
 
     Args:
         solver (`str`): "searched", "own scheduler" (the pipeline's, as it is configured), or a family of known tables.
-        setting (`str`): Which of the family: the best one, as other noises have shown.
+        setting (`str`): Which of the family: of those that other noises have left, the best on these.
         from_diffusers (`bool`): Whether it is one of diffusers' schedulers.
         num_samples (`int`): Held-out noises that it was measured on. One that the best beats beyond sampling takes no
             part in later rounds.
@@ -74,13 +74,18 @@ class Comparison:
 
     Args:
         solver (`SearchedSolver`): The searched one.
-        rivals: Of each family of known tables, the one at its best setting, found on other noises.
+        rivals: Known tables, in the order that other noises have put them in. Where a family has several, the one that
+            is best on these noises stands for it: that favours the rival, as it should.
     """
 
     def __init__(self, solver: SearchedSolver, rivals: Sequence[KnownTable]):
-        self._rivals = {table.family: table for table in rivals}
-        self.solvers = {SEARCHED: solver, **{family: table.solver for family, table in self._rivals.items()}}
-        self._schedulers = [table.family for table in rivals if table.from_diffusers and table.family != OWN]
+        self.rivals = {str(table): table for table in rivals}
+        self.solvers = {SEARCHED: solver, **{name: table.solver for name, table in self.rivals.items()}}
+        self._kinds = [
+            [name for name, each in self.rivals.items() if each.from_diffusers == kind and each.family != OWN]
+            for kind in (True, False)
+        ]
+        self._own = [name for name, each in self.rivals.items() if each.family == OWN]
         self._errors = {name: torch.zeros(0, dtype=torch.float64) for name in self.solvers}
         self._out: set[str] = set()
 
@@ -96,20 +101,25 @@ class Comparison:
 
     @property
     def best_of_diffusers(self) -> str:
-        """The family of diffusers' schedulers that is best so far."""
-        return min((name for name in self.racing if name in self._schedulers), key=self.error)
+        """That of diffusers' schedulers which is best so far; before any round, the first."""
+        return self._best(self._kinds[0])
+
+    def _best(self, names: Sequence[str]) -> str:
+        racing = [name for name in names if name not in self._out]
+        return min(racing, key=self.error) if len(self._errors[SEARCHED]) else racing[0]
 
     def drop_hopeless(self):
-        """Leave out of later rounds the families of diffusers that its best one beats beyond sampling."""
-        best = self.best_of_diffusers
-        for name in {*self._schedulers} - {best, *self._out}:
-            if Contest.of(self._errors[best], self._errors[name]).wins:
-                self._out.add(name)
+        """Leave out of later rounds what the best of its kind beats beyond sampling."""
+        for names in filter(None, self._kinds):
+            best = self._best(names)
+            for name in {*names} - {best, *self._out}:
+                if Contest.of(self._errors[best], self._errors[name]).wins:
+                    self._out.add(name)
 
     @property
     def is_decided(self) -> bool:
         """Whether it is clear who is better, the searched one or the best of diffusers and the pipeline's own."""
-        asked = {self.best_of_diffusers, *({OWN} & {*self.solvers})}
+        asked = {self.best_of_diffusers, *self._own}
         contests = (Contest.of(self._errors[SEARCHED], self._errors[name]) for name in asked)
         return all(contest.is_decided or contest.is_known_within(ALIKE) for contest in contests)
 
@@ -118,15 +128,22 @@ class Comparison:
         return root_mean_square(self._errors[name])
 
     def rows(self) -> list[Row]:
-        """All solvers: those of all rounds first, the best before others."""
-        rows = [self._row(name) for name in self.solvers]
-        return sorted(rows, key=lambda row: (-row.num_samples, row.endpoint_error))
+        """The searched one and the best of each family: those of all rounds first, the best before others."""
+        rows, best = sorted(map(self._row, self.solvers), key=lambda row: (-row.num_samples, row.endpoint_error)), {}
+        for row in rows:
+            best.setdefault(row.solver, row)
+        return list(best.values())
+
+    def best_of(self, family: str) -> KnownTable:
+        """The table of a family that stands for it."""
+        setting = next(row.setting for row in self.rows() if row.solver == family)
+        return next(each for each in self.rivals.values() if (each.family, each.setting) == (family, setting))
 
     def _row(self, name: str) -> Row:
-        errors, rival = self._errors[name], self._rivals.get(name)
+        errors, rival = self._errors[name], self.rivals.get(name)
         squares = resampled_means(errors.square().numpy())
         return Row(
-            solver=name,
+            solver=SEARCHED if rival is None else rival.family,
             setting="" if rival is None else rival.setting,
             from_diffusers=rival is not None and rival.from_diffusers,
             num_samples=len(errors),

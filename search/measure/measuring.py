@@ -14,7 +14,7 @@ from diffusers_searched_solver.rivals import diffusers_schedulers
 
 from ..known.baselines import CLASSICAL, KnownTable, known_tables
 from ..known.contest import Number
-from ..known.race import best_of_families, race, race_errors
+from ..known.race import FINALISTS, race, race_errors, rivals
 from ..launch.journal import Journal
 from ..launch.processes import agree, in_order
 from ..launch.progress import Progress
@@ -119,7 +119,7 @@ class Measurement:
     def evaluate(
         self,
         solvers: Mapping[int, SearchedSolver],
-        tuned: Mapping[int, Mapping[str, KnownTable]],
+        tuned: Mapping[int, Sequence[KnownTable]],
         teacher_error: float | None,
         command: str,
     ) -> Evaluation:
@@ -127,16 +127,16 @@ class Measurement:
         Measure solvers beside everything that is known, and say so.
 
         Args:
-            tuned: By number of steps the best of each family of known tables, found on other noises.
+            tuned: By number of steps the known tables that may be the best of their family, found on other noises.
             teacher_error (`float`, *optional*): The fitted teacher's own, if a search has found it.
         """
         comparisons = {n: Comparison(solver, self._rivals(tuned[n], n)) for n, solver in solvers.items()}
-        equivalents = self._in_rounds(comparisons, tuned)
+        equivalents = self._in_rounds(comparisons)
         results = {n: comparison.rows() for n, comparison in comparisons.items()}
         for n, rows in results.items():
             title = f"{n} steps, distance to the end of a teacher of {self.measuring_steps} steps on held-out noises"
             self.progress.write(f"\n{title}\n{format_table(rows)}")
-        found = self.journal.remember(lambda: agree(self._along_the_way(solvers, tuned, teacher_error)))
+        found = self.journal.remember(lambda: agree(self._along_the_way(comparisons, teacher_error)))
         _warn_of_teacher(found["teacher_error"], self.teacher_steps, results)
         return Evaluation(
             command=command,
@@ -150,8 +150,8 @@ class Measurement:
             trajectories={int(n): [TrajectoryRow(**row) for row in rows] for n, rows in found["trajectories"].items()},
         )
 
-    def tune(self, step_counts: Sequence[int]) -> dict[int, dict[str, KnownTable]]:
-        """By number of steps the best of each family of known tables, on noises that nothing else is measured on."""
+    def tune(self, step_counts: Sequence[int]) -> dict[int, list[KnownTable]]:
+        """By number of steps the tables that may be the best, on noises that nothing else is measured on."""
         config = self.pipe.scheduler.config
         settings = self.teacher_steps, self._batch_size, self.journal.calls, self._cache
         noises = make_noises(self.pipe, self.conditions, self._seed, TUNING_SEEDS, *settings)
@@ -159,42 +159,44 @@ class Measurement:
         standings = {n: race(each, noises, portion_end, self.journal.remember) for n, each in tables.items()}
         noises.close()
         self._tuning_calls += noises.calls
-        return {n: best_of_families(each) for n, each in standings.items()}
+        return {n: rivals(each) for n, each in standings.items()}
 
-    def _rivals(self, tuned: Mapping[str, KnownTable], num_steps: int) -> list[KnownTable]:
-        """The best of each family, and the pipeline's own scheduler where it is a table."""
+    def _rivals(self, tuned: Sequence[KnownTable], num_steps: int) -> list[KnownTable]:
+        """These, and the pipeline's own scheduler where it is a table."""
         scheduler = self.pipe.scheduler
         try:
             own = [KnownTable(OWN, type(scheduler).__name__, solver_from_scheduler(scheduler, num_steps), True)]
         except ValueError as error:
             logger.info(f"The pipeline's own scheduler takes no part: {error}")
             own = []
-        return [*own, *tuned.values()]
+        return [*own, *tuned]
 
-    def _in_rounds(
-        self, comparisons: Mapping[int, Comparison], tuned: Mapping[int, Mapping[str, KnownTable]]
-    ) -> dict[int, Equivalent]:
-        """Measure on ever more noises until it is clear who is better, or there is no budget left."""
-        rounds = (
-            [self.num_samples] if self.full else [*(end for end in ROUNDS if end < self.num_samples), self.num_samples]
-        )
-        farther = {n: farther_tables(self.pipe.scheduler.config, tuned[n], n) for n in comparisons}
-        equivalents, start = {}, 0
+    def _in_rounds(self, comparisons: Mapping[int, Comparison]) -> dict[int, Equivalent]:
+        """
+        Measure on ever more noises until it is clear who is better, or there is no budget left; what is best of
+        diffusers after the first round is measured in more steps, too, in the second.
+        """
+        rounds = [*(end for end in ROUNDS if end < self.num_samples), self.num_samples]
+        rounds = list(dict.fromkeys((rounds[0], rounds[-1]))) if self.full else rounds
+        config, second, equivalents, start = self.pipe.scheduler.config, min(1, len(rounds) - 1), {}, 0
         for number, stop in enumerate(rounds):
-            racing = {n: each for n, each in comparisons.items() if self.full or number < 2 or not each.is_decided}
+            racing = {n: each for n, each in comparisons.items() if number < 2 or not each.is_decided}
             tables = [each.solvers[name] for each in racing.values() for name in each.racing]
-            more = [table.solver for each in farther.values() for table in each] if number == 0 else []
+            best = {n: each.rivals[each.best_of_diffusers] for n, each in racing.items()}
+            farther = {n: farther_tables(config, table) for n, table in best.items() if number == second}
+            more = [table.solver for each in farther.values() for table in each]
             cost = (stop - start) * (self.measuring_steps + sum(table.num_steps for table in tables + more))
             if not racing or not self.full and number > 1 and cost > self._left:
                 break
             errors = iter(self._errors(start, stop, tables + more))
-            for comparison in racing.values():
-                comparison.add({name: next(errors) for name in comparison.racing})
-            if number == 0:
-                equivalents = {n: equivalent(comparisons[n], farther[n], errors) for n in comparisons}
-            if not self.full:
-                for comparison in racing.values():
+            found = {n: {name: next(errors) for name in each.racing} for n, each in racing.items()}
+            for n, comparison in racing.items():
+                comparison.add(found[n])
+                if not self.full:
                     comparison.drop_hopeless()
+            for n, those in farther.items():
+                of_farther = [(each, next(errors)) for each in those]
+                equivalents[n] = equivalent(best[n], found[n][SEARCHED], found[n][str(best[n])], of_farther)
             self._left -= cost
             start = stop
         return {n: each for n, each in equivalents.items() if each is not None}
@@ -220,7 +222,7 @@ class Measurement:
 
         return torch.tensor(self.journal.remember(compute), dtype=torch.float64)
 
-    def _along_the_way(self, solvers, tuned, teacher_error: float | None) -> dict | None:
+    def _along_the_way(self, comparisons: Mapping[int, Comparison], teacher_error: float | None) -> dict | None:
         """The teacher's error, if it is not known, and trajectories, on the first noises by the main process."""
         if not PartialState().is_main_process:
             return None
@@ -232,8 +234,8 @@ class Measurement:
             teacher_error = root_mean_square(sample_errors(*ends))
         teacher = teacher_trajectory(field, self.measuring_steps)
         rows = {
-            n: compare_trajectories(solver, tuned[n][CLASSICAL].solver, field, teacher)
-            for n, solver in solvers.items()
+            n: compare_trajectories(each.solvers[SEARCHED], each.best_of(CLASSICAL).solver, field, teacher)
+            for n, each in comparisons.items()
         }
         field.close()
         return {
@@ -249,7 +251,7 @@ def measuring_evaluations(
     Evaluations of one sample that a measurement makes; those of the first two rounds, after which it mostly is clear
     who is better, if it is not full.
     """
-    solvers = 3 + len(diffusers_schedulers(config))
+    solvers = 3 + len(diffusers_schedulers(config)) + FINALISTS
     noises = num_samples if full else min(num_samples, ROUNDS[1])
     steps = FINER * teacher_steps if full else teacher_steps
     # Most solvers share their first prediction.

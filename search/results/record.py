@@ -49,7 +49,7 @@ class SearchRecord:
         hard_noises (`bool`): Whether a few noises are much harder than others.
         verdicts, improved: By number of steps, what judging came to, and whether the solver is better than what was
             known; if not, it is the best known table.
-        tuned: By number of steps and family of known tables, the best setting.
+        tuned: By number of steps, family and setting of known tables that may be the best, best first.
         costs: By number of steps.
         peak_memory_over_inference (`float`): Peak memory over that of sampling the same batch.
     """
@@ -65,7 +65,7 @@ class SearchRecord:
     hard_noises: bool
     verdicts: dict[int, str]
     improved: dict[int, bool]
-    tuned: dict[int, dict[str, str]]
+    tuned: dict[int, list[tuple[str, str]]]
     costs: dict[int, Cost]
     peak_memory_over_inference: float
 
