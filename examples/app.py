@@ -41,7 +41,7 @@ add("--guidance-scale", type=float, default=2.0, help="as in the search (default
 add("--port", type=int, default=7860, help="default: 7860")
 args = parser.parse_args()
 
-pipe = load_pipeline(args.pipeline, torch.float32, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+pipe = load_pipeline(args.pipeline, None, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 config = pipe.scheduler.config
 solver_file = SearchedSolverScheduler.from_pretrained(args.solver).solver_file
 schedulers = {

@@ -39,7 +39,7 @@ add("--guidance-scale", type=float, default=2.0, help="as in the search (default
 add("--output", default="compare_schedulers.png", help="default: compare_schedulers.png")
 args = parser.parse_args()
 
-pipe = load_pipeline(args.pipeline, torch.float32, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+pipe = load_pipeline(args.pipeline, None, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 config = pipe.scheduler.config
 solver_file = SearchedSolverScheduler.from_pretrained(args.solver).solver_file
 searched = SearchedSolverScheduler.from_config(config, solver=solver_file)

@@ -20,6 +20,7 @@ from .measure.image_metrics import image_evaluations, seconds_per_image
 from .measure.measuring import FINER, measuring_evaluations
 from .pipeline.conditions import variant_of
 from .pipeline.field import PipelineField
+from .pipeline.readying import device_of
 from .results.images import drawing_evaluations
 from .results.output import GRID_SAMPLES
 from .settings import Settings
@@ -93,14 +94,14 @@ class _Timed:
 
 
 def _memory(pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Settings, elements: int) -> str:
-    sampling = peak_memory(pipe.device) / 2**20
+    sampling = peak_memory(device_of(pipe)) / 2**20
     if settings.evaluate_only:
         return f"peak memory: {sampling:,.0f} MiB"
     if settings.fitter == "gradient":
         return f"peak memory: {sampling:,.0f} MiB, and what the network keeps for its gradient"
     scales = _num_variants(conditions), PartialState().num_processes
     sizes = settings.num_steps, elements, settings.batch_size, *scales
-    kept = KEPT_ON_CPU if pipe.device.type == "cpu" else 1.0
+    kept = KEPT_ON_CPU if device_of(pipe).type == "cpu" else 1.0
     held, most = (kept * search_bytes(*sizes, heavy) / 2**20 for heavy in (False, True))
     return (
         f"peak memory: {sampling + held:,.0f} MiB, {sampling:,.0f} for sampling and {held:,.0f} to search, or "
@@ -129,7 +130,7 @@ def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], batch_si
 
     calls.on_call = skip_opening
     batches = make_batches(pipe, conditions, split_seeds(0, 0, batch_size), batch_size, TIMED_STEPS, calls)
-    if pipe.device.type == "cuda":
+    if device_of(pipe).type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     elements = sum(each.field.shape.numel() for each in batches) // batch_size

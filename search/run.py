@@ -25,7 +25,7 @@ from search.pipeline.loading import load_pipeline, takes_guidance
 from search.results.card import check_place
 from search.results.publish import PublishError, check_target, publish
 from search.session import Session, heading
-from search.settings import DTYPES, Settings, parse_settings
+from search.settings import Settings, parse_settings
 from search.teacher.admission import admit
 
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     accelerator = _accelerator(settings)
-    pipe = load_pipeline(settings.source, DTYPES[settings.mixed_precision], accelerator.device)
+    pipe = load_pipeline(settings.source, settings.dtype, accelerator.device)
     if settings.fitter == "gradient" and settings.guidance_scale is None and takes_guidance(pipe):
         settings = replace(settings, guidance_scale=(1.0,))
     command = shlex.join(["accelerate", "launch", "search/run.py", *(arguments or sys.argv[1:])])

@@ -30,6 +30,7 @@ from .measure.image_metrics import ImageMetrics, format_metrics, measure_images
 from .measure.measuring import Evaluation, Measurement, final_numbers
 from .pipeline.field import PipelineField
 from .pipeline.loading import hub_repository
+from .pipeline.readying import device_of
 from .results.output import draw, how_to_use, write_results, write_solvers
 from .results.record import Cost, Report, SearchRecord
 from .settings import Settings
@@ -40,8 +41,8 @@ from .teacher.splits import TRAIN_SEEDS, split_seeds
 
 # What a journal's outcomes depend on.
 OF_JOURNAL = (
-    "pipeline", "variant", "revision", "lora", "custom_pipeline", "num_steps", "class_labels", "all_prompts",
-    "guidance_scale", "sizes", "of_every_call", "measure", "num_eval_samples",
+    "pipeline", "variant", "revision", "lora", "custom_pipeline", "quantization", "num_steps", "class_labels",
+    "all_prompts", "guidance_scale", "sizes", "of_every_call", "measure", "num_eval_samples",
     "image_metrics", "feature_network", "num_samples", "teacher_steps", "fitter", "start_solver", "max_calls",
     "batch_size", "mixed_precision", "seed",
 )  # fmt: skip
@@ -186,7 +187,7 @@ class Session:
                 problem.calls + journal.spent - before, round(time.perf_counter() - started + seconds, 2)
             )
         problem.close()
-        return outcomes, self._record(problem, outcomes, costs, peak_memory(self.pipe.device) / memory)
+        return outcomes, self._record(problem, outcomes, costs, peak_memory(device_of(self.pipe)) / memory)
 
     def _record(self, problem: Problem, outcomes: Mapping[int, Outcome], costs, memory: float) -> SearchRecord:
         settings = self.settings

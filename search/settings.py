@@ -15,16 +15,20 @@ from accelerate.utils import LoggerType
 from huggingface_hub import cached_assets_path
 
 from .fit.budget import BASE_CALLS, CALLS_PER_CUBED_STEP
+from .fit.problem import HEAVY_CALLS
 from .gradient.recipe import PAPER_RECIPE
 from .measure.feature_network import INCEPTION
 from .measure.image_metrics import ImageSettings
 from .pipeline.loading import NAMES, Source
+from .pipeline.readying import OFFLOADS, QUANTIZERS
 from .teacher.batches import BATCH_SIZE, TEACHER_STEPS
 
 
 NUM_STEPS = (5, 8, 10)
 TRACKERS = sorted(set(LoggerType.list()) - {"all"})
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Options of how a pipeline is loaded and made ready.
+OF_LOADING = ("variant", "revision", "custom_pipeline", "quantization", "offload", "compile", "mixed_precision")
 # What depends on the fitter unless it is given.
 DEFAULT_TEACHER_STEPS = {"gauss-newton": TEACHER_STEPS, "gradient": PAPER_RECIPE.teacher_steps}
 
@@ -110,16 +114,23 @@ class Settings:
         None,
         "network calls for each step count N, guidance and teacher included: they decide how many noises, starts and "
         "iterations there are",
-        f"{BASE_CALLS:,} + {CALLS_PER_CUBED_STEP} N^3 for each guidance scale; twice that where a few noises are "
-        "much harder than others",
+        f"{BASE_CALLS:,} + {CALLS_PER_CUBED_STEP} N^3 for each guidance scale; {HEAVY_CALLS:g} times that where a few "
+        "noises are much harder than others",
     )
     start_solver: str | None = option(None, "race this one too: a folder, a bundled solver or a Hub repository")
     fitter: Literal["gauss-newton", "gradient"] = option("gauss-newton", "gradient is the paper's recipe")
     num_samples: int | None = option(None, "noises of --fitter gradient", f"{PAPER_RECIPE.num_samples:,}")
     batch_size: int = option(BATCH_SIZE, "samples in one pipeline call")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        None, "dtype of the networks; no is float32", "that of accelerate launch, or no"
+        None,
+        "dtype of the networks; no is float32",
+        "that of accelerate launch, or else bf16 where the weights and an accelerator have it",
     )
+    quantization: Literal[*QUANTIZERS] | None = option(None, "of the networks that predict, by diffusers' quantisers")
+    offload: Literal[*OFFLOADS] | None = option(
+        None, "keep networks, or their layers, off the device but while they run"
+    )
+    compile: bool = option(False, "compile the networks that predict")
     seed: int = option(0, "of all noises")
     resume: bool = option(False, "go on with the search that was begun in --output-dir, if there is one")
     overwrite: bool = option(False, "search again what --output-dir has solvers of, or put aside what else it has")
@@ -145,19 +156,26 @@ class Settings:
             "num_steps": None if self.evaluate_only else NUM_STEPS,
             "num_samples": PAPER_RECIPE.num_samples if gradient else None,
             "teacher_steps": DEFAULT_TEACHER_STEPS[self.fitter],
-            "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+            # Unless it is told, accelerate launch says "no".
+            "mixed_precision": {"no": None}.get(launched := os.environ.get("ACCELERATE_MIXED_PRECISION"), launched),
             "cache_dir": cached_assets_path("diffusers_searched_solver", "search", "teacher"),
         }
         for name, value in follows.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if self.mixed_precision not in DTYPES:
+        if self.mixed_precision not in (None, *DTYPES):
             raise ValueError(
                 f"accelerate launch was told `--mixed_precision {self.mixed_precision}`; a search runs networks in "
                 f"{', '.join(DTYPES)}. Pass one of these as --mixed-precision."
             )
 
     def _check(self):
+        prepared = [name for name in ("lora", *OF_LOADING) if getattr(self, name)] if ".py:" in self.pipeline else []
+        if prepared:
+            raise ValueError(
+                f"--pipeline {self.pipeline} is ready as the function returns it: leave out "
+                f"--{prepared[0].replace('_', '-')}, and do the same there."
+            )
         if self.prompts is not None and self.prompts_file is not None:
             raise ValueError("--prompts and --prompts-file are given. Leave out one of them.")
         for prompt in self.prompts or ():
@@ -196,7 +214,13 @@ class Settings:
     @property
     def source(self) -> Source:
         """The pipeline."""
-        return Source(self.pipeline, self.variant, self.revision, self.custom_pipeline, self.lora or ())
+        how = {"quantization": self.quantization, "offload": self.offload, "compiled": self.compile}
+        return Source(self.pipeline, self.variant, self.revision, self.custom_pipeline, self.lora or (), **how)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the networks, where it is asked for."""
+        return None if self.mixed_precision is None else DTYPES[self.mixed_precision]
 
     @property
     def all_prompts(self) -> tuple[str, ...] | None:

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import tempfile
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -48,13 +49,17 @@ def peak() -> int:
 
 
 if __name__ == "__main__":
-    # Prints how many bytes a search of a few steps holds beyond what a run of the pipeline with a batch does.
-    from search import find_solver
+    # Prints how many bytes a search of a few steps holds beyond what a run of the pipeline with a batch does, and how
+    # many with measuring.
+    from search import find_solver, measure
 
     elements, num_steps, batch_size, max_calls = map(int, sys.argv[1:])
     torch.set_num_threads(1)
     pipe = large_pipeline(elements)
     pipe([torch.Generator().manual_seed(k) for k in range(batch_size)], num_inference_steps=8)
     before = peak()
-    find_solver(pipe, num_steps, [{}], max_calls=max_calls, batch_size=batch_size, teacher_steps=16)
+    found = find_solver(pipe, num_steps, [{}], max_calls=max_calls, batch_size=batch_size, teacher_steps=16)
+    print(peak() - before)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(pipe, found.solver, [{}], folder, batch_size=batch_size, teacher_steps=16)
     print(peak() - before)

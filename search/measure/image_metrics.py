@@ -19,6 +19,7 @@ from diffusers_searched_solver import SearchedSolver
 from ..known.contest import Number
 from ..launch.processes import in_order, quiet, share
 from ..pipeline.field import FieldError, NetworkCalls, PipelineField
+from ..pipeline.readying import device_of
 from ..pipeline.rollout import Batch, rollout
 from ..teacher.batches import count_batches, stream_batches
 from ..teacher.splits import EVALUATION_SEEDS, split_seeds
@@ -103,7 +104,7 @@ def load_feature_network(
         return None
     if settings.num_images < MIN_IMAGES:
         raise ValueError(f"`--image-metrics` is {settings.num_images}, expected 0 or at least {MIN_IMAGES} images.")
-    network = FeatureNetwork(settings.feature_network, pipe.device)
+    network = FeatureNetwork(settings.feature_network, device_of(pipe))
     if settings.reference is not None:
         network(_read_images(_files(settings.reference)[:1]))
     calls = NetworkCalls(pipe)
@@ -153,7 +154,7 @@ def measure_images(
         return None
     reference = TEACHER if settings.reference is None else REFERENCE
     keys = tqdm((TEACHER, *contenders), desc="distances between images", unit=" solvers", disable=quiet(), leave=False)
-    metrics = {key: rows.metrics(key, reference, pipe.device) for key in keys}
+    metrics = {key: rows.metrics(key, reference, device_of(pipe)) for key in keys}
     of_teacher = [ImageRow(TEACHER, metrics[TEACHER])] if metrics[TEACHER] else []
     return ImageMetrics(
         settings.num_images,

@@ -12,6 +12,8 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver.calls import pipeline_class
 
+from .readying import components_of, default_dtype, make_ready, quantization_config
+
 
 HUB_NAMES = {"DiT-XL-2-256": "facebook/DiT-XL-2-256", "DiT-XL-2-512": "facebook/DiT-XL-2-512"}
 # Official weights that have to be converted first: Hub repository, file, and arguments of the conversion.
@@ -40,6 +42,8 @@ class Source:
             function returns a pipeline that somebody prepared: an own class, a LoRA, quantised, patched.
         variant, revision, custom_pipeline (`str`, *optional*): As in `DiffusionPipeline.from_pretrained`.
         loras (`Sequence[str]`): Repositories or files, each perhaps with its scale: "org/name:0.8".
+        quantization, offload (`str`, *optional*): One of `readying.QUANTIZERS`, one of `readying.OFFLOADS`.
+        compiled (`bool`): Whether the networks are compiled.
     """
 
     name: str
@@ -47,24 +51,28 @@ class Source:
     revision: str | None = None
     custom_pipeline: str | None = None
     loras: Sequence[str] = ()
+    quantization: str | None = None
+    offload: str | None = None
+    compiled: bool = False
 
 
-def load_pipeline(source: Source | str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+def load_pipeline(source: Source | str, dtype: torch.dtype | None, device: torch.device) -> DiffusionPipeline:
     """
     Load a pipeline.
 
     Args:
         source: Which; a name alone will do.
-        dtype: Of the networks.
+        dtype (*optional*): Of the networks; by default that of `readying.default_dtype`.
         device: Where they go. What a function has prepared stays as and where it is.
 
     Raises:
-        ValueError: If there is no such pipeline, or it has to be converted first.
+        ValueError: If there is no such pipeline, it has to be converted first, or a function has prepared it in
+            another dtype than is asked for.
     """
     source = Source(source) if isinstance(source, str) else source
     name = source.name
     if ".py:" in name:
-        return _prepared(*name.rsplit(":", 1))
+        return _prepared(*name.rsplit(":", 1), dtype)
     if Path(name).suffix in SINGLE_FILES and not os.path.isdir(name):
         raise ValueError(
             f"'{name}' is a single file, which does not say what pipeline it is for. Write `mine.py` with a function "
@@ -78,13 +86,13 @@ def load_pipeline(source: Source | str, dtype: torch.dtype, device: torch.device
             f"  hf download {repository} {file} --local-dir .\n"
             f"  python -m diffusers_searched_solver.convert {arguments} --checkpoint {file} --output {name}"
         )
-    pipe = _from_pretrained(source, dtype)
+    pipe = _from_pretrained(source, dtype, device)
     for lora in source.loras:
         _add_lora(pipe, lora)
-    return pipe.to(device)
+    return make_ready(pipe, device, source.offload, source.compiled)
 
 
-def _from_pretrained(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_pretrained(source: Source, dtype: torch.dtype | None, device: torch.device) -> DiffusionPipeline:
     place = hub_repository(source.name) or source.name
     options = {"variant": source.variant, "revision": source.revision, "custom_pipeline": source.custom_pipeline}
     options = {key: value for key, value in options.items() if value is not None}
@@ -97,14 +105,20 @@ def _from_pretrained(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
             "Check the spelling, or the connection."
         ) from error
     try:
+        if dtype is None and device.type != "cpu":
+            place = place if os.path.isdir(place) else cls.download(place, **options)
+        dtype = dtype or default_dtype(place, source.variant, device)
+        if source.quantization is not None:
+            components = components_of(cls.load_config(place, revision=source.revision))
+            options["quantization_config"] = quantization_config(source.quantization, components, dtype)
         return cls.from_pretrained(place, dtype=dtype, **options)
-    except (OSError, ValueError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, AttributeError, ImportError, RuntimeError) as error:
         raise ValueError(
             f"The pipeline '{source.name}' cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
 
 
-def _prepared(file: str, function: str) -> DiffusionPipeline:
+def _prepared(file: str, function: str, dtype: torch.dtype | None) -> DiffusionPipeline:
     """What a function in a file of Python returns."""
     if not os.path.isfile(file):
         raise ValueError(f"There is no file '{file}' with a function `{function}` that makes the pipeline.")
@@ -117,6 +131,11 @@ def _prepared(file: str, function: str) -> DiffusionPipeline:
     pipe = make()
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(f"`{function}` in '{file}' returned {type(pipe).__name__}, expected a diffusers pipeline.")
+    if dtype is not None and pipe.dtype != dtype:
+        raise ValueError(
+            f"`{function}` in '{file}' returned a pipeline in {str(pipe.dtype).removeprefix('torch.')} where "
+            f"{str(dtype).removeprefix('torch.')} is asked for. Prepare it so, or do not ask for a precision."
+        )
     return pipe
 
 

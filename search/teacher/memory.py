@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..launch.network_calls import NetworkCalls
+from ..pipeline.readying import device_of
 from .batches import make_batches
 
 
@@ -17,7 +18,7 @@ def inference_memory(pipe: DiffusionPipeline, condition: Mapping, batch_size: in
     for batch in make_batches(pipe, [condition], list(range(batch_size)), batch_size, 8, calls):
         batch.field.close()
     calls.remove()
-    return peak_memory(pipe.device)
+    return peak_memory(device_of(pipe))
 
 
 def peak_memory(device: torch.device) -> float:
