@@ -15,6 +15,7 @@ import accelerate.tracking
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from search.launch import progress as launch_progress
 from search.launch.progress import Finding, Progress
 from search.run import main
 
@@ -116,8 +117,24 @@ def test_stages_that_cost_other_than_expected_move_what_is_left():
     for stage, calls in (("teacher", 100), ("5 steps", 10), ("measuring", 30)):
         progress.begin(stage)
         totals.append(progress._bar.total)
-        progress._bar.n += calls
+        progress.update(calls)
     assert totals == [180, 180, 140]
+
+
+def test_a_log_file_gets_a_line_a_minute_and_none_sooner(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(launch_progress.time, "monotonic", lambda: now[0])
+    progress = Progress({"teacher": 100, "5 steps": 1900}, lambda numbers, step: None)
+    progress.begin("teacher")
+    for seconds in (30.0, 59.0, 61.0, 100.0, 200.0):
+        now[0] = seconds
+        progress.update(100)
+    begun, *lines = capsys.readouterr().out.splitlines()
+    assert begun == "teacher: about 100 network calls to come"
+    assert lines == [
+        "teacher: 300 of about 2000 network calls of this process, 05:45 to go",
+        "teacher: 500 of about 2000 network calls of this process, 10:00 to go",
+    ]
 
 
 def test_trackers_are_told_findings_one_after_another():
