@@ -5,12 +5,14 @@ import contextlib
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from fields import load
+from simulated_device import simulated
 
 from diffusers_searched_solver import SearchedSolverScheduler, load_solver_file, solver_from_scheduler
 from diffusers_searched_solver.loading import BUNDLED_SOLVERS
 from diffusers_searched_solver.serialization import SOLVER_FILE
+from search import find_solver, measure
+from search.measure.metrics import distribution_metrics
 
 
 SOLVERS = {"sit-xl-2-256": FlowMatchEulerDiscreteScheduler, "dit-xl-2-256": DDIMScheduler}
@@ -61,44 +63,69 @@ def test_loading_and_running_are_the_same_under_another_default_device(name, loa
         assert torch.equal(ours, wanted)
 
 
-class OtherDevice(TorchDispatchMode):
-    """
-    A device that is not here, stood in for by "meta": tensors of it hold no numbers, so whatever waits for one fails.
-    As on MPS there is no float64, and as everywhere no tensor of the CPU but a 0-dimensional one goes beside them.
-    """
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf)]
-        there = [leaf for leaf in tensors if leaf.device.type == "meta"]
-        assert all(leaf.dtype != torch.float64 for leaf in there), f"{function} makes float64 on the device"
-        if there and "copy" not in str(function):
-            here = [leaf for leaf in tensors if leaf.device.type == "cpu" and leaf.ndim]
-            assert not here, f"{function} takes a tensor of the CPU to one of the device"
-        return result
-
-
 @pytest.mark.parametrize("order", ["table", "classical"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_run_on_another_device_waits_for_nothing_and_needs_no_float64(name, dtype, order):
+@pytest.mark.parametrize("device_type", ["cuda", "mps"])
+def test_a_run_on_an_accelerator_waits_for_nothing_and_is_that_of_the_cpu(device_type, name, dtype, order):
     scheduler = SearchedSolverScheduler.from_pretrained(name)
     if order == "classical":
         scheduler = SearchedSolverScheduler.from_config(scheduler.config)
-    x = torch.empty(2, 3, 4, dtype=dtype, device="meta")
-    scheduler.set_timesteps(10, device="meta")
-    scheduler.set_begin_index(0)
-    with OtherDevice():
+    noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def ends(device) -> list[torch.Tensor]:
+        scheduler.set_timesteps(10, device=device)
+        scheduler.set_begin_index(0)
+        x, found = noise.to(device), []
         for t in scheduler.timesteps:
             x, data = scheduler.step(x.sin(), t, x).to_tuple()
-            assert x.device == data.device == torch.device("meta") and x.dtype == dtype
+            assert x.device == data.device == device and x.dtype == dtype
+            found += [x, data]
+        return found
+
+    expected = ends(torch.device("cpu"))
+    with simulated(device_type) as device:
+        found = ends(device.device)
+        assert device.waits == 0
+        for ours, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours.cpu(), wanted)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_noise_is_added_on_the_device_of_the_data(name):
+@pytest.mark.parametrize("device_type", ["cuda", "mps"])
+def test_noise_is_added_on_the_device_of_the_data(device_type, name):
     scheduler = SearchedSolverScheduler.from_pretrained(name)
     scheduler.set_timesteps(6)
-    data = torch.empty(2, 3, 4, dtype=torch.float16, device="meta")
-    with OtherDevice():
-        noised = scheduler.add_noise(data, torch.empty_like(data), scheduler.timesteps[:1])
-    assert noised.device == data.device and noised.dtype == data.dtype
+    data, noise = (torch.randn(2, 3, 4, dtype=torch.float16) for _ in range(2))
+    expected = scheduler.add_noise(data, noise, scheduler.timesteps[:1])
+    with simulated(device_type) as device:
+        data, noise = data.to(device.device), noise.to(device.device)
+        noised = scheduler.add_noise(data, noise, scheduler.timesteps[:1])
+        assert noised.device == device.device and noised.dtype == torch.float16
+        torch.testing.assert_close(noised.cpu(), expected)
+
+
+def test_features_of_images_are_compared_on_an_accelerator():
+    features, reference = torch.randn(2, 40, 8).unbind()
+    expected = distribution_metrics(features, reference, torch.device("cpu"))
+    with simulated("mps") as device:
+        assert distribution_metrics(features, reference, device.device) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("device_type", "name"), [("mps", "digits-sit"), ("cuda", "digits-dit")])
+def test_a_search_and_its_measurement_run_on_an_accelerator_and_wait_less_often_than_the_network_runs(
+    device_type, name, tmp_path
+):
+    pipe, conditions = load(name), [{"class_labels": [3], "guidance_scale": 1.0}]
+    runs = []
+    pipe.transformer.register_forward_hook(lambda *_: runs.append(1))
+    settings = {"teacher_steps": 16, "batch_size": 4}
+    with simulated(device_type) as device:
+        pipe.to(device.device)
+        outcome = find_solver(pipe, 2, conditions, max_calls=1400, log=lambda line: None, **settings)
+        assert device.waits <= len(runs)
+        report = measure(pipe, outcome.solver, conditions, tmp_path, num_eval_samples=8, **settings)
+    assert outcome.improved
+    assert device.waits <= len(runs)
+    assert report.verdicts[2].use
+    assert (tmp_path / "images.png").exists()

@@ -114,7 +114,7 @@ def precision_and_recall(features: Tensor, reference: Tensor) -> tuple[float, fl
         distances = torch.cdist(rows, reference)
         inside += int((distances <= reference_radii).any(1).sum())
         covered |= (distances <= radii[:, None]).any(0)
-    return inside / len(features), float(covered.double().mean())
+    return inside / len(features), float(covered.cpu().double().mean())
 
 
 def _radii(rows: Tensor) -> Tensor:

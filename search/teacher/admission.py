@@ -162,7 +162,7 @@ def _difference(first: PipelineField, second: PipelineField, both: PipelineField
 
 def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Root mean square of the difference, over that of the larger one; what is not finite the teacher's run tells."""
-    found, expected = (torch.nan_to_num(each.double()) for each in (found, expected.to(found.device)))
+    found, expected = (torch.nan_to_num(each.cpu().double()) for each in (found, expected))
     size = max(found.square().mean(), expected.square().mean()).sqrt()
     return float((found - expected).square().mean().sqrt() / size) if size else 0.0
 
