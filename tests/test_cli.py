@@ -282,8 +282,8 @@ def test_any_pipeline_can_be_measured_and_is_left_as_it_was(name):
     one_sample = {**case.inputs, "class_labels": [3]} if name == "dit" else case.inputs
     found = check_solver(case.pipe, solver_file(case.pipe), [one_sample] * 5, on_step=lambda: steps.append(1))
     assert np.isfinite([found[0].searched, found[0].own, found[0].best]).all()
-    # The first noise has chosen it, at all settings.
-    assert found[0].best[0] < 1.01 * found[0].own[0]
+    # It is chosen on these noises, from all settings.
+    assert found[0].ratio_to_best > 0.99 * found[0].ratio
     assert (found[0].own > 0).all()
     assert len(steps) == count_steps(own.config, [3], 5)
     assert case.pipe.scheduler is own
