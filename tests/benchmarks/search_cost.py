@@ -96,7 +96,7 @@ def measure_recipe_teacher(records: Records, name: str, bench: Benchmark):
 @contextmanager
 def kept_trajectories(calls) -> Iterator[None]:
     """The recipe's teacher runs once for all step counts; its calls count each time."""
-    kept, run = {}, gradient.rollout
+    kept, run = {}, gradient.recorded_run
 
     def run_once(field, teacher):
         key, before = tuple(field.seeds), calls.count
@@ -106,7 +106,7 @@ def kept_trajectories(calls) -> Iterator[None]:
             kept[key] = run(field, teacher), calls.count - before
         return kept[key][0]
 
-    with mock.patch.object(gradient, "rollout", run_once):
+    with mock.patch.object(gradient, "recorded_run", run_once):
         yield
 
 

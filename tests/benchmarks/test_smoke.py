@@ -4,11 +4,17 @@ import importlib
 import math
 from pathlib import Path
 
+import ablation
 import every_step_count
 import model_speed
 import pytest
+import search_cost
+import shipped
 import step_cost
 import torch
+
+from search.fit.budget import default_calls
+from search.gradient.recipe import Recipe
 
 
 SCRIPTS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("test_"))
@@ -50,3 +56,35 @@ def test_step_counts_that_were_not_searched_are_measured(name, monkeypatch, caps
     every_step_count.print_rows(name)
     (row,) = capsys.readouterr().out.splitlines()
     assert row.startswith(f"{name}, 4 | ")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    bench = shipped.Benchmark("digits-sit", 1.0)
+    yield bench
+    bench.close()
+
+
+def test_every_variant_of_the_search_is_another_search(bench, monkeypatch):
+    """A patch of what the search does not use any more would leave it as it is."""
+    monkeypatch.setattr(shipped, "default_calls", lambda problem, num_steps: default_calls(problem, num_steps) // 2)
+    problem, ends = bench.problem(0), {}
+    for name in {*ablation.VARIANTS} - {ablation.OFFSETS, "from searched node times alone"}:
+        *_, solver = ablation.VARIANTS[name](problem, 3, bench.calls)
+        ends[name] = solver.update_table("flow_prediction").tolist()
+    assert [name for name, end in ends.items() if end == ends[ablation.FULL] and name != ablation.FULL] == []
+
+
+def test_the_recipe_is_run_for_all_step_counts_by_one_teacher(bench, monkeypatch):
+    monkeypatch.setattr(search_cost, "RECIPE_NOISES", {0: (8,)})
+    monkeypatch.setattr(search_cost, "RECIPE_BATCH", 8)
+    monkeypatch.setattr(search_cost, "Recipe", lambda **settings: Recipe(**settings, teacher_steps=10))
+    rows = []
+
+    class Kept:
+        def add(self, measure, **key):
+            rows.append((key["num_steps"], measure()["curve"]))
+
+    search_cost.measure_recipe(Kept(), "digits-sit", bench, bench, 0)
+    assert [n for n, _ in rows] == [5, 8]
+    assert all(math.isfinite(point["error"]) for _, curve in rows for point in curve)
