@@ -162,4 +162,6 @@ def _search_calls(
 
 
 def _duration(seconds: float) -> str:
-    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.{0 if seconds >= 600 else 1}f} min"

@@ -206,6 +206,16 @@ def test_compare_shows_both_on_common_step_counts_and_differences_alone_twice(ca
         np.testing.assert_allclose(times, solver.timesteps, atol=0.00501)
 
 
+def test_step_counts_that_were_not_searched_are_shown_as_what_runs(capsys):
+    assert main(["show", FOUND_DIT, "--num-steps", "6"]) == 0
+    out = capsys.readouterr().out
+    assert "6 steps\nNo solver of 6 steps was searched: this run's is derived from that of 5 and 8 steps." in out
+    scheduler = SearchedSolverScheduler.from_pretrained(FOUND_DIT)
+    scheduler.set_timesteps(6)
+    times = [float(t) for t in re.findall(r"^ +\d+ +([\d.]+)", out.split("\n6 steps\n")[1], re.MULTILINE)]
+    np.testing.assert_allclose(times, scheduler.timesteps, atol=0.00501)
+
+
 def test_compare_says_if_no_step_count_is_common(tmp_path, capsys, digits):
     for name, count in (("a", 3), ("b", 4)):
         save_solver_file(solver_file(digits, [count]), tmp_path / name)
@@ -217,10 +227,10 @@ def test_compare_says_if_no_step_count_is_common(tmp_path, capsys, digits):
     ("arguments", "message"),
     [
         (["show", "no/such"], "Cannot load a scheduler from 'no/such'"),
-        (["show", FOUND_DIT, "--num-steps", "7"], "no solver of 7 steps, only of 5, 8, 10"),
+        (["show", FOUND_DIT, "--num-steps", "3"], "No solver for 3 steps: this scheduler has 5, 8 and 10. From them"),
         (["show", f"{DIT}/scheduler"], "is a scheduler without a searched solver"),
-        (["compare", FOUND_DIT, FOUND_SIT, "--num-steps", "6"], "no solver of 6 steps"),
-        (["check", FOUND_DIT, "--pipeline", DIT, "--num-steps", "7"], "no solver of 7 steps"),
+        (["compare", FOUND_DIT, FOUND_SIT, "--num-steps", "51"], "No solver for 51 steps"),
+        (["check", FOUND_DIT, "--pipeline", DIT, "--num-steps", "3"], "No solver for 3 steps"),
         (["convert", "--model", "sit", "--checkpoint", "none.pt", "--output", "none"], "none.pt"),
     ],
     ids=["no solver", "no step count", "classical", "compare", "check", "convert"],

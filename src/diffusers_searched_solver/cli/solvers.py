@@ -3,7 +3,7 @@
 import argparse
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import diffusers
 from diffusers import SchedulerMixin
@@ -11,6 +11,7 @@ from diffusers import SchedulerMixin
 from ..hub import list_hub_solvers
 from ..loading import list_bundled_solvers
 from ..scheduler import SearchedSolverScheduler
+from ..schedules import said_of_derived, searched_table
 from ..serialization import SolverFile, load_solver_file
 from ..solver import SearchedSolver
 from ..tabulate import solver_from_scheduler
@@ -35,7 +36,7 @@ def show(options: argparse.Namespace):
     for key, value in summary(file).items():
         print(f"{key:20}{value}")
     for count in options.num_steps or file.step_counts:
-        print(f"\n{count} steps", *table({"": table_of(options.name, file, count)}), sep="\n")
+        print(title(count, [file]), *table({"": table_of(options.name, file, count)}), sep="\n")
 
 
 def compare(options: argparse.Namespace):
@@ -50,7 +51,7 @@ def compare(options: argparse.Namespace):
         print("\nThere is no step count that both have.")
     for count in options.num_steps or common:
         both = {each: table_of(names[each], file, count) for each, file in files.items()}
-        print(f"\n{count} steps", *table(both), sep="\n")
+        print(title(count, files.values()), *table(both), sep="\n")
 
 
 def tabulate(options: argparse.Namespace):
@@ -104,6 +105,14 @@ def load_scheduler(name: str) -> SearchedSolverScheduler:
 
 
 def table_of(name: str, file: SolverFile, count: int) -> SearchedSolver:
-    if count not in file.solvers:
-        raise ValueError(f"'{name}' has no solver of {count} steps, only of {', '.join(map(str, file.step_counts))}.")
-    return file.solvers[count]
+    """What the scheduler would run in so many steps: the table of the file, or one that is derived."""
+    try:
+        return searched_table(file, count, strict=False)
+    except ValueError as error:
+        raise ValueError(f"'{name}': {error}") from error
+
+
+def title(count: int, files: Iterable[SolverFile]) -> str:
+    """The step count, and which of its tables nobody has searched."""
+    derived = [said_of_derived(file, count) for file in files if count not in file.solvers]
+    return "\n".join([f"\n{count} steps", *dict.fromkeys(derived)])
