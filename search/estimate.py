@@ -49,7 +49,7 @@ def expected_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], setti
         later[MEASURING] = measuring_evaluations(config, steps, *how)
         later[DRAWING] = drawing_evaluations(min(GRID_SAMPLES, len(conditions)), steps, measuring_steps)
         later[IMAGES] = image_evaluations(settings.image_metrics, measuring_steps, steps, solvers)
-    return expected | {stage: per_sample * n for stage, n in later.items()}
+    return expected | {stage: int(per_sample * n) for stage, n in later.items()}
 
 
 def estimate(
@@ -110,14 +110,20 @@ def _memory(pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Se
 
 
 def _num_variants(conditions: Sequence[Mapping]) -> int:
-    return len({variant_of(condition) for condition in conditions})
+    return len(_one_of_each(conditions))
 
 
-def _calls_per_evaluation(pipe: DiffusionPipeline, conditions: Sequence[Mapping]) -> int:
-    calls = NetworkCalls(pipe)
-    PipelineField(pipe, conditions[0], [0], calls).close()
+def _calls_per_evaluation(pipe: DiffusionPipeline, conditions: Sequence[Mapping]) -> float:
+    calls, variants = NetworkCalls(pipe), _one_of_each(conditions)
+    for condition in variants:
+        PipelineField(pipe, condition, [0], calls).close()
     calls.remove()
-    return calls.count
+    return calls.count / len(variants)
+
+
+def _one_of_each(conditions: Sequence[Mapping]) -> list[Mapping]:
+    """A condition of every guidance scale and size, which cost differently."""
+    return list({variant_of(condition): condition for condition in conditions}.values())
 
 
 def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], batch_size: int) -> _Timed:
@@ -129,11 +135,13 @@ def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], batch_si
         opening, started = opening or samples, started or time.perf_counter()
 
     calls.on_call = skip_opening
-    batches = make_batches(pipe, conditions, split_seeds(0, 0, batch_size), batch_size, TIMED_STEPS, calls)
+    variants = _one_of_each(conditions)
+    seeds = split_seeds(0, 0, batch_size * len(variants))
+    batches = make_batches(pipe, variants, seeds, batch_size, TIMED_STEPS, calls)
     if device_of(pipe).type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    elements = sum(each.field.shape.numel() for each in batches) // batch_size
+    elements = sum(each.field.shape.numel() for each in batches) // len(seeds)
     for each in batches:
         each.field.close()
     calls.remove()
@@ -141,12 +149,12 @@ def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], batch_si
 
 
 def _search_calls(
-    config: Mapping, conditions: Sequence[Mapping], settings: Settings, per_sample: int
+    config: Mapping, conditions: Sequence[Mapping], settings: Settings, per_sample: float
 ) -> dict[str, int]:
     """Network calls until the teacher is good enough, and for every step count, which spends what it may."""
     setup, scales = setup_evaluations(settings.teacher_steps, max(settings.num_steps)), _num_variants(conditions)
     shared = scales * shared_evaluations(settings.teacher_steps)
-    expected, known = {TEACHER: per_sample * setup}, setup
+    expected, known = {TEACHER: int(per_sample * setup)}, setup
     for num_steps in settings.num_steps:
         if settings.fitter == "gradient":
             recipe = Recipe(num_samples=settings.num_samples, teacher_steps=settings.teacher_steps)

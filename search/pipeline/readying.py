@@ -1,6 +1,7 @@
 """How a pipeline is made ready: the dtype of its networks, quantisation, compilation, and what leaves the device."""
 
 import importlib.util
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -108,7 +109,13 @@ def make_ready(
 
 def device_of(pipe: DiffusionPipeline) -> torch.device:
     """Where its networks run, wherever they are between calls."""
-    return getattr(pipe, "_execution_device", pipe.device)
+    try:
+        return pipe._execution_device
+    except AttributeError:
+        # Of a network that is a plain module, diffusers does not know.
+        modules = [each for each in pipe.components.values() if isinstance(each, torch.nn.Module)]
+        tensors = itertools.chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
+        return next((each.device for each in tensors), torch.device("cpu"))
 
 
 def components_of(index: Mapping) -> list[str]:
