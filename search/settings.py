@@ -151,13 +151,13 @@ class Settings:
 
     def __post_init__(self):
         self._check()
-        gradient = self.fitter == "gradient"
+        gradient, launched = self.fitter == "gradient", os.environ.get("ACCELERATE_MIXED_PRECISION")
         follows = {
             "num_steps": None if self.evaluate_only else NUM_STEPS,
             "num_samples": PAPER_RECIPE.num_samples if gradient else None,
             "teacher_steps": DEFAULT_TEACHER_STEPS[self.fitter],
             # Unless it is told, accelerate launch says "no".
-            "mixed_precision": {"no": None}.get(launched := os.environ.get("ACCELERATE_MIXED_PRECISION"), launched),
+            "mixed_precision": launched if launched != "no" else None,
             "cache_dir": cached_assets_path("diffusers_searched_solver", "search", "teacher"),
         }
         for name, value in follows.items():

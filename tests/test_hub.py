@@ -468,8 +468,7 @@ def test_pushing_without_the_right_token_is_refused(hub, online, tmp_path):
 def pipeline_folder(tmp_path_factory):
     """A small DiT pipeline whose index names DDIM, and in whose scheduler folder our solver lies too."""
     folder = tmp_path_factory.mktemp("pipeline")
-    case = build("dit")
-    case.pipe.save_pretrained(folder)
+    build("dit").pipe.save_pretrained(folder)
     scheduler("in the pipeline").save_pretrained(folder / "scheduler")
     return folder
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from diffusers_searched_solver import FlowMatching, SearchedSolver, time_grid
+from diffusers_searched_solver.check import FINALISTS
 from search.known.baselines import KnownTable
-from search.known.race import FINALISTS, Standing, rivals
+from search.known.race import Standing, rivals
 from search.measure.equivalent import equivalent
 from search.measure.evaluate import SEARCHED, Comparison, Summary
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusers_searched_solver import SearchedSolver
+from diffusers_searched_solver.check import FINALISTS
 
 from ..launch.processes import gather
 from ..pipeline.field import PipelineField
@@ -20,9 +21,6 @@ from .baselines import KnownTable
 RUNGS = ((1, 1.0), (2, 0.3), (4, 0.12))
 HARD_RUNGS = ((1, 1.0), (4, 0.5))
 LEAST = 2
-# Of either kind, so many may be the best: on 256 noises of two pipelines, at 5, 8 and 10 steps and in 200 races each,
-# the best of four is on average 0.5 % above the best of all, the one that won the race up to 9 %.
-FINALISTS = 4
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver import SearchedSolver, solver_from_scheduler
-from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver.check import FINALISTS, teacher_solver
 from diffusers_searched_solver.rivals import diffusers_schedulers
 
 from ..known.baselines import CLASSICAL, KnownTable, known_tables
 from ..known.contest import Number
-from ..known.race import FINALISTS, race, race_errors, rivals
+from ..known.race import race, race_errors, rivals
 from ..launch.journal import Journal
 from ..launch.processes import agree, in_order
 from ..launch.progress import Progress

@@ -25,7 +25,8 @@ REFERENCE_STEPS = 64
 # With fewer samples no outcome is beyond `DOUBT`: four coins show four heads once in 16 throws.
 MIN_SAMPLES = 5
 DOUBT = 0.05
-# Of diffusers' schedulers, so many go on after the first noise; the best on all noises is the one to beat.
+# So many of those that lead on few noises may be the best on all: in races on the two digits pipelines the best of
+# four was on average 0.5 % above the best of diffusers, the winner alone up to 6 %.
 FINALISTS = 4
 
 
