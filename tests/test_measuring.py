@@ -1,15 +1,18 @@
 """Rivals get their best settings, and take part for as long as they may be the best."""
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
-from diffusers_searched_solver import FlowMatching, SearchedSolver, time_grid
+from diffusers_searched_solver import FlowMatching, SearchedSolver, solver_from_scheduler, time_grid
 from diffusers_searched_solver.check import FINALISTS
+from diffusers_searched_solver.rivals import diffusers_schedulers
 from search.known.baselines import KnownTable
 from search.known.race import Standing, rivals
-from search.measure.equivalent import equivalent
+from search.measure.equivalent import equivalent, farther_tables
 from search.measure.evaluate import SEARCHED, Comparison, Summary
+from search.results.verdict import verdict_of
 
 
 SOLVER = SearchedSolver.adams_bashforth(*time_grid(FlowMatching(), 4), "velocity", 2)
@@ -77,6 +80,23 @@ def test_a_rival_that_halves_its_error_with_twice_the_steps_is_as_near_in_as_man
 def test_nothing_is_said_of_more_steps_where_the_searched_solver_is_not_nearer():
     assert equivalent(RIVALS[0], errors(1.0), errors(1.0), [(RIVALS[0], errors(0.5))]) is None
     assert equivalent(RIVALS[0], errors(0.5), errors(1.0), []) is None
+
+
+def test_where_whole_timesteps_meet_in_thrice_the_steps_the_rivals_curve_ends_at_twice():
+    config = diffusers.DDIMScheduler().config
+    scheduler = diffusers_schedulers(config)["DEIS 3"]["exponential"]
+    best = KnownTable("DEIS 3", "exponential", solver_from_scheduler(scheduler, 10), True)
+    assert [table.solver.num_steps for table in farther_tables(config, best)] == [20]
+
+
+def test_the_verdict_says_how_far_sampling_may_have_misled_it():
+    comparison = Comparison(SOLVER, RIVALS)
+    comparison.add({name: errors(0.5).flip(0) if name == SEARCHED else errors(1.0) for name in comparison.racing})
+    summary = Summary.of(comparison.rows())
+    low, high = summary.diffusers.contest.ratio_interval
+    sentence = str(verdict_of(4, summary, None, improved=True))
+    assert low < summary.diffusers.contest.ratio < high
+    assert f"95 % interval {low:.2g} to {high:.2g}" in sentence
 
 
 def _of(num_steps: int) -> SearchedSolver:

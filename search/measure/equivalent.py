@@ -1,5 +1,6 @@
 """In how many steps the best of diffusers is as near to the teacher as a searched solver."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from ..known.baselines import KnownTable
 from ..pipeline.rollout import root_mean_square
 
 
-# The rival is measured at so many times the steps, and between them interpolated.
+# The rival is measured at so many times the steps, where it has tables, and between them interpolated.
 TIMES = (2, 3)
 
 
@@ -37,16 +38,13 @@ class Equivalent:
 
 
 def farther_tables(config: Mapping, best: KnownTable) -> list[KnownTable]:
-    """The tables of more steps of one of diffusers' schedulers, or none."""
-    num_steps, scheduler = best.solver.num_steps, diffusers_schedulers(config)[best.family][best.setting]
-    try:
-        return [
-            KnownTable(best.family, best.setting, solver_from_scheduler(scheduler, times * num_steps), True)
-            for times in TIMES
-        ]
-    except ValueError:
-        # Whole timesteps may meet where there are many.
-        return []
+    """The tables of more steps of one of diffusers' schedulers: where whole timesteps meet, there is none."""
+    scheduler, found = diffusers_schedulers(config)[best.family][best.setting], []
+    for times in TIMES:
+        with contextlib.suppress(ValueError):
+            solver = solver_from_scheduler(scheduler, times * best.solver.num_steps)
+            found.append(KnownTable(best.family, best.setting, solver, True))
+    return found
 
 
 def equivalent(

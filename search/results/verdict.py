@@ -31,7 +31,11 @@ def verdict_of(num_steps: int, summary: Summary, equivalent: Equivalent | None, 
         improved (`bool`): Whether searching has improved on what was known.
     """
     best, contest = summary.diffusers, summary.diffusers.contest
-    beside = f"{contest.ratio:.2g} times the error of {_named(best)} in {num_steps}, nearer on {contest.nearer:.0%}"
+    low, high = contest.ratio_interval
+    beside = (
+        f"{contest.ratio:.2g} times the error of {_named(best)} in {num_steps}, 95 % interval {low:.2g} to {high:.2g}, "
+        f"nearer on {contest.nearer:.0%}"
+    )
     if summary.own is not None and summary.own is not best:
         beside += f"; {summary.own.contest.ratio:.2g} times that of the pipeline's own scheduler"
     if not improved:
