@@ -174,9 +174,9 @@ class Session:
         seconds = time.perf_counter() - started
         for num_steps in settings.num_steps:
             progress.begin(f"{num_steps} steps")
-            before, started = journal.spent, time.perf_counter()
+            before, started, own = journal.spent, time.perf_counter(), problem.anew()
             known = {**earlier.solvers, **{n: outcome.solver for n, outcome in outcomes.items()}, **given}
-            for outcome in self._steps(problem, num_steps, known, journal, progress):
+            for outcome in self._steps(own, num_steps, known, journal, progress):
                 new = num_steps not in outcomes or outcome.solver is not outcomes[num_steps].solver
                 outcomes[num_steps] = outcome
                 if new and PartialState().is_main_process:
@@ -184,7 +184,7 @@ class Session:
                     write_solvers(self.pipe, solvers, settings.output_dir, {"base_model": settings.pipeline})
             progress.write(outcomes[num_steps].verdict)
             costs[num_steps] = Cost(
-                problem.calls + journal.spent - before, round(time.perf_counter() - started + seconds, 2)
+                own.charged + journal.spent - before, round(time.perf_counter() - started + seconds, 2)
             )
         problem.close()
         return outcomes, self._record(problem, outcomes, costs, peak_memory(device_of(self.pipe)) / memory)

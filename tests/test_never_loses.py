@@ -23,9 +23,11 @@ from search.fit import strategy
 from search.fit.gauss_newton import confined_step
 from search.fit.parameters import SolverFamily
 from search.fit.problem import HEAVY, _evenness, _stratified, search_problem
+from search.fit.strategy import fit_solver
 from search.known.baselines import CLASSICAL, KnownTable, at_other_steps, diffusers_schedulers, known_tables
 from search.known.contest import Contest, score
 from search.known.race import LEAST, RUNGS, race
+from search.launch.journal import Journal
 from search.pipeline.field import NetworkCalls
 from search.pipeline.rollout import endpoint_errors, root_mean_square
 from search.run import main
@@ -186,6 +188,23 @@ def test_the_teacher_s_steps_are_doubled_until_its_error_is_a_tenth_of_a_rival_s
         best = min(root_mean_square(endpoint_errors(exact, rival)) for rival in rivals)
         assert own < 0.15 * best
     assert 20 <= found[4,] < found[4, 10]
+
+
+def test_what_a_search_finds_and_is_charged_with_does_not_depend_on_which_step_counts_were_searched_before(mixture):
+    pipe, _ = mixture
+    calls, found = NetworkCalls(pipe), {}
+    for before in ((), (5,)):
+        problem = search_problem(pipe, [{}], [3, 5], 0, 64, 4, calls)
+        for num_steps in before:
+            list(fit_solver(problem.anew(), num_steps, 20_000, Journal(calls)))
+        own, journal, count = problem.anew(), Journal(calls), calls.count
+        *_, outcome = fit_solver(own, 3, 6_000, journal)
+        found[before] = own.charged + journal.spent, outcome.solver.coefficients.tolist(), calls.count - count
+        problem.close()
+    assert found[()][:2] == found[5,][:2]
+    # What is there already is charged, not made again.
+    assert found[5,][2] < found[()][2]
+    calls.remove()
 
 
 # Races and judging

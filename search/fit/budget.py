@@ -95,7 +95,7 @@ class Budget:
         if not self.problem.heavy:
             return 0
         count = self.many(CONFIRMING)
-        made = (count - self.problem.confirming.made) * self.problem.teacher_steps
+        made = (count - self.problem.confirming.asked) * self.problem.teacher_steps
         return made + count * (1 + len(WAYS)) * self.num_steps
 
     def iteration(self, noises: int, times_only: bool = False) -> int:

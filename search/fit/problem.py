@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -109,7 +109,24 @@ class Problem:
     @property
     def calls(self) -> int:
         """Network calls of all processes for the teacher and for trying it."""
-        return self.setup_calls + self.train.calls + self.judging.calls + self.confirming.calls
+        return self.setup_calls + sum(noises.calls for noises in self._splits)
+
+    @property
+    def charged(self) -> int:
+        """The same of the noises that were asked for."""
+        return self.setup_calls + sum(noises.calls_of_asked for noises in self._splits)
+
+    @property
+    def _splits(self) -> tuple[Noises, Noises, Noises]:
+        return self.train, self.judging, self.confirming
+
+    def anew(self) -> "Problem":
+        """
+        The same for one more step count, which is charged with the noises that it asks for, whether or not they are
+        there already: so what it finds does not depend on which step counts were searched before.
+        """
+        train, judging, confirming = (noises.anew() for noises in self._splits)
+        return replace(self, train=train, judging=judging, confirming=confirming)
 
     def fingerprint(self) -> str:
         """A hash of the first noises and the teacher's ends of all processes."""
@@ -119,9 +136,8 @@ class Problem:
 
     def close(self):
         """End the pipeline's calls."""
-        self.train.close()
-        self.judging.close()
-        self.confirming.close()
+        for noises in self._splits:
+            noises.close()
 
 
 def search_problem(

@@ -91,7 +91,7 @@ class _Fit:
     @property
     def left(self) -> float:
         """Evaluations of one sample that there are calls for, but for those that the outcome is confirmed with."""
-        spent = self.problem.calls + self.journal.spent - self.start
+        spent = self.problem.charged + self.journal.spent - self.start
         return (self.budget.max_calls - spent) / self.problem.calls_per_evaluation - self.budget.confirming
 
     def run(self) -> Iterator[Outcome]:
@@ -152,7 +152,7 @@ class _Fit:
         return rank
 
     def _found(self, best: Contender, stage: str, lenient: bool = False) -> Outcome:
-        calls = self.problem.calls + self.journal.spent - self.start
+        calls = self.problem.charged + self.journal.spent - self.start
         ratios = {"ratio": self._contest(best).ratio, "geometric mean": self._contest(best).geometric_mean}
         numbers = {"judged error": best.error, **ratios, "network calls": calls}
         self.tell(Finding(self.num_steps, f"{stage} ({best.name})", numbers))
@@ -255,7 +255,7 @@ class _Fit:
     def _affordable(self, windows: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
         """The first of these that there are calls for."""
         for start, stop in windows:
-            made = max(0, stop - self.problem.train.made)
+            made = max(0, stop - self.problem.train.asked)
             if self.budget.iteration(stop - start) + made * self.problem.teacher_steps <= self.left:
                 return start, stop
         return None
@@ -266,7 +266,7 @@ class _Fit:
             return self._confirmed(best)
         while best is not self.known and self.num_judges < self.budget.many(MOST_JUDGES):
             more = portion_end(self.num_judges + 1)
-            cost = (more - self.problem.judging.made) * self.problem.teacher_steps + 2 * more * self.num_steps
+            cost = (more - self.problem.judging.asked) * self.problem.teacher_steps + 2 * more * self.num_steps
             if self._contest(best).is_decided or cost > self.left:
                 break
             self.num_judges = more

@@ -33,8 +33,8 @@ def verdict_of(num_steps: int, summary: Summary, equivalent: Equivalent | None, 
     best, contest = summary.diffusers, summary.diffusers.contest
     low, high = contest.ratio_interval
     beside = (
-        f"{contest.ratio:.2g} times the error of {_named(best)} in {num_steps}, 95 % interval {low:.2g} to {high:.2g}, "
-        f"nearer on {contest.nearer:.0%}"
+        f"{contest.ratio:.2g} times the error of {_named(best)} in {num_steps}, "
+        f"95 % interval {low:.2g} to {high:.2g}, nearer on {contest.nearer:.0%}"
     )
     if summary.own is not None and summary.own is not best:
         beside += f"; {summary.own.contest.ratio:.2g} times that of the pipeline's own scheduler"

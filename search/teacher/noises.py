@@ -1,7 +1,9 @@
 """Noises: the samples of one split of a search, made with their teacher's ends when they are first asked for."""
 
+import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +14,24 @@ from ..pipeline.rollout import Batch
 # Noises are made in portions that end at these numbers, and then at every GROWTH more.
 PORTIONS = 1, 2, 4, 8, 16
 GROWTH = 8
+
+
+@dataclass(frozen=True)
+class Portion:
+    """
+    Noises up to a number.
+
+    Args:
+        end (`int`): This number.
+        batches: Those of this process.
+        dealt (`int`): Calls of the pipeline that they were dealt out in, of all processes.
+        calls (`int`): What all processes have spent on them.
+    """
+
+    end: int
+    batches: list[Batch]
+    dealt: int
+    calls: int
 
 
 class Noises:
@@ -30,7 +50,7 @@ class Noises:
         strata: By seed, which share of all noises are of its stratum; one for those that are not in it.
 
     Attributes:
-        calls (`int`): What all processes have spent on them.
+        asked (`int`): How many were asked for, here or, until [`anew`], elsewhere.
     """
 
     def __init__(
@@ -41,17 +61,24 @@ class Noises:
         strata: Mapping[int, float],
     ):
         self._make, self._count_calls, self._seeds, self._strata = make, count_calls, seeds, strata
-        self._portions: list[tuple[int, list[Batch]]] = []
-        self._dealt, self.calls = 0, 0
+        self._portions: list[Portion] = []
+        self.asked = 0
+
+    def anew(self) -> "Noises":
+        """The same noises, of which none have been asked for."""
+        other = copy.copy(self)  # the portions are shared
+        other.asked = 0
+        return other
 
     def between(self, start: int, stop: int) -> list[Batch]:
         """This process's batches of the noises from one end of a portion (or 0) to another."""
         while self.made < stop:
             self._grow()
-        ends = [0, *(end for end, _ in self._portions)]
+        ends = [0, *(portion.end for portion in self._portions)]
         if start not in ends or stop not in ends:
             raise ValueError(f"There is no portion of noises from {start} to {stop}, only of those up to {ends}.")
-        return [batch for end, batches in self._portions if start < end <= stop for batch in batches]
+        self.asked = max(self.asked, stop)
+        return [batch for portion in self._portions if start < portion.end <= stop for batch in portion.batches]
 
     def weights(self, start: int, stop: int) -> "Weights":
         """What the noises from one number to another weigh."""
@@ -60,20 +87,27 @@ class Noises:
     @property
     def made(self) -> int:
         """How many there are."""
-        return self._portions[-1][0] if self._portions else 0
+        return self._portions[-1].end if self._portions else 0
+
+    @property
+    def calls(self) -> int:
+        """What all processes have spent on all that there are."""
+        return sum(portion.calls for portion in self._portions)
+
+    @property
+    def calls_of_asked(self) -> int:
+        """What all processes have spent on those that were asked for."""
+        return sum(portion.calls for portion in self._portions if portion.end <= self.asked)
 
     def _grow(self):
-        before = self._count_calls()
-        end = portion_end(self.made + 1)
-        batches, num_calls = self._make(self.made, end, self._dealt)
-        self._portions.append((end, batches))
-        self._dealt += num_calls
-        self.calls += total(self._count_calls() - before)
+        before, end = self._count_calls(), portion_end(self.made + 1)
+        batches, dealt = self._make(self.made, end, sum(portion.dealt for portion in self._portions))
+        self._portions.append(Portion(end, batches, dealt, total(self._count_calls() - before)))
 
     def close(self):
         """End the pipeline's calls."""
-        for _, batches in self._portions:
-            for batch in batches:
+        for portion in self._portions:
+            for batch in portion.batches:
                 batch.field.close()
 
 

@@ -162,15 +162,16 @@ VARIANTS: dict[str, Search] = {
 
 def measure(records: Records, name: str, bench: Benchmark, seed: int, variants):
     """Variants of the search for one pipeline, guidance scale and seed."""
-    problem = bench.problem(seed)
     for num_steps, variant in itertools.product(STEP_COUNTS, variants):
+        problem = bench.problem(seed)
         if variant == OFFSETS and problem.prediction_type == "flow_prediction":
             continue
 
-        def run(num_steps=num_steps, variant=variant):
+        def run(problem=problem, num_steps=num_steps, variant=variant):
             start = bench.calls.count - problem.calls
             *_, solver = VARIANTS[variant](problem, num_steps, bench.calls)
-            return {"calls": bench.calls.count - start, **bench.measure(solver)}
+            spent = bench.calls.count - problem.calls - start
+            return {"calls": problem.charged + spent, **bench.measure(solver)}
 
         key = {"pipeline": name, "guidance": bench.guidance_scale, "num_steps": num_steps, "seed": seed}
         records.add(run, **key, variant=variant)

@@ -49,10 +49,10 @@ def measure(name: str, make_pipeline, step_counts, seeds) -> list[list[str]]:
         errors = table_errors(held_out, [each.solver for each in schedulers])
         best = int(errors.square().mean(1).nan_to_num(np.inf).argmin())
         contests = []
-        for seed, problem in zip(seeds, problems, strict=True):
+        for seed, problem in zip(seeds, [each.anew() for each in problems], strict=True):
             journal = Journal(calls)
             *_, outcome = fit_solver(problem, num_steps, default_calls(problem, num_steps), journal)
-            spent = problem.calls + journal.spent
+            spent = problem.charged + journal.spent
             (found,) = table_errors(held_out, [outcome.solver])
             contests.append(Contest.of(found, errors[best]))
             row = [f"{name}, {num_steps}, seed {seed}", str(schedulers[best]), *_cells(contests[-1]), f"{spent:,}"]

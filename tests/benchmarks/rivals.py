@@ -81,7 +81,7 @@ def descend(
         `SearchedSolver`: After each, the visited one of the smallest error on the samples that judge.
     """
     train, judging = fitted_and_judging(problem)
-    start = calls.count - problem.calls
+    start = calls.count - problem.calls  # but for noises
     tables = [table for name, table in classical_solvers(problem.process, num_steps).items() if f"AB{ORDER}" in name]
     known = min(tables, key=lambda table: root_mean_square(endpoint_errors(train, table)))
     family = family(problem.process, known, offsets=True)
@@ -89,7 +89,8 @@ def descend(
     vector, gain, cost = family.start, 1.0, 0
     visited = [(root_mean_square(endpoint_errors(judging, known)), known)]
     yield known
-    while gain >= MIN_GAIN and calls.count - start + cost <= default_calls(problem, num_steps):
+    budget = default_calls(problem, num_steps) - problem.charged
+    while gain >= MIN_GAIN and calls.count - problem.calls - start + cost <= budget:
         before = calls.count
         fitted = gauss_newton_iteration(family, vector, train, errors)
         vector, gain = fitted.vector, 1 - fitted.loss

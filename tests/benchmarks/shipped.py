@@ -81,7 +81,7 @@ class Benchmark:
         if seed not in self._problems:
             settings = STEP_COUNTS, seed, TEACHER_STEPS, BATCH_SIZE, self.calls, self._cache
             self._problems[seed] = search_problem(self.pipe, self.conditions(self.classes), *settings)
-        return self._problems[seed]
+        return self._problems[seed].anew()
 
     @cached_property
     def tuning(self) -> list[Batch]:
@@ -107,11 +107,12 @@ class Benchmark:
 
     def curve(self, problem: Problem, solvers: Iterator[SearchedSolver]) -> list[dict]:
         """Held-out error against network calls, as a search goes on; the teacher's are included."""
-        start, points, last = self.calls.count - problem.calls, [], None
+        start, points, last = self.calls.count - problem.calls, [], None  # but for noises
         for solver in solvers:
             if solver is not last:
                 last, found = solver, self.measure(solver)
-            points.append({"calls": self.calls.count - start, **found})
+            spent = self.calls.count - problem.calls - start
+            points.append({"calls": problem.charged + spent, **found})
         return points
 
     def best_scheduler(self, num_steps: int, prefix: str = "") -> dict:
