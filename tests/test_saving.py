@@ -134,6 +134,12 @@ def test_an_unknown_name_is_answered_with_what_there_is(name):
         SearchedSolverScheduler.from_pretrained(name, local_files_only=True)
 
 
+def test_a_misspelt_bundled_solver_is_answered_with_its_name_before_the_hub_is_asked(monkeypatch):
+    monkeypatch.setattr(SearchedSolverScheduler, "load_config", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    with pytest.raises(OSError, match="Cannot load a scheduler from 'dit-xl-2-265'.*Did you mean 'dit-xl-2-256'?"):
+        SearchedSolverScheduler.from_pretrained("dit-xl-2-265")
+
+
 @pytest.mark.parametrize("subfolder", [None, "mistyped"])
 def test_a_folder_without_a_config_is_named_though_the_one_above_has_one(tmp_path, scheduler, subfolder):
     scheduler.save_pretrained(tmp_path)

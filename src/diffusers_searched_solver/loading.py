@@ -1,5 +1,6 @@
 """Where solvers come from: folders, the package itself and the Hub. What cannot be loaded is said for what it is."""
 
+import difflib
 import os
 import reprlib
 from collections.abc import Mapping
@@ -26,6 +27,13 @@ BUNDLED_SOLVERS = Path(__file__).parent / "solvers"
 def list_bundled_solvers() -> list[str]:
     """Names of the solvers that ship with this package, for [`SearchedSolverScheduler.from_pretrained`]."""
     return sorted(folder.name for folder in BUNDLED_SOLVERS.iterdir() if (folder / SOLVER_FILE).is_file())
+
+
+def check_spelling(name: str):
+    """Refuse what is nearly the name of a bundled solver; without a connection, the Hub's client would try for long."""
+    near = difflib.get_close_matches(name, list_bundled_solvers(), n=1)
+    if near and "/" not in name and not os.path.isdir(name):
+        raise cannot_load(name, FileNotFoundError(f"there is no such folder. Did you mean '{near[0]}'?"))
 
 
 def find_solver_file(path: Path) -> SolverFile:

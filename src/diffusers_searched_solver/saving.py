@@ -14,6 +14,7 @@ from .loading import (
     BUNDLED_SOLVERS,
     ConnectionBroken,
     cannot_load,
+    check_spelling,
     check_config,
     find_solver_file,
     list_bundled_solvers,
@@ -62,6 +63,8 @@ class SavedWithSolver(SchedulerMixin, ConfigMixin):
         """
         name = str(pretrained_model_name_or_path)
         source = str(BUNDLED_SOLVERS / name) if _is_bundled(name) else name
+        if source == name:
+            check_spelling(name)
         _check_folder(name, source, subfolder, cls.config_name)
         try:
             config, others, commit_hash = cls.load_config(
