@@ -59,9 +59,11 @@ SEEDS = [0, 1]
 # Of the end's size; calls of two round otherwise than calls of one.
 TOLERANCE = 1e-3
 OUR_FOLDERS = ("diffusers_searched_solver", "search")
-# For arguments of the tests that do not go with any number of steps: of 4, a `strength` of 0.2 leaves none.
+# For arguments of the tests that do not go with any number of steps (of 4, a `strength` of 0.2 leaves none), or with a
+# token for each letter.
 INSTEAD = {
     "ConsistencyModelPipeline": {"timesteps": None},
+    "Kandinsky5I2IPipeline": {"max_sequence_length": 900},
     "KandinskyV22ControlnetImg2ImgPipeline": {"strength": 0.5},
     "KandinskyV22Img2ImgCombinedPipeline": {"strength": 0.5},
     "KandinskyV22Img2ImgPipeline": {"strength": 0.5},
