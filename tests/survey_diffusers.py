@@ -4,8 +4,9 @@ Every pipeline of diffusers' own tests under a searched table and under the sear
     python tests/survey_diffusers.py CHECKOUT --output examples/results/pipelines.md
 
 CHECKOUT is a clone of github.com/huggingface/diffusers, of about the version that is installed; its test requirements
-(parameterized, requests_mock and so on) have to be there. Each pipeline is made of its tests' tiny networks, in a
-process and a time of its own, with stand-ins for the tokenizers and text encoders of the Hub. A pipeline is
+(parameterized, requests_mock, torchvision, sentencepiece, opencv, ftfy) have to be there. Each pipeline is made of its
+tests' tiny networks, in a process and a time of its own, with stand-ins for the tokenizers, processors and encoders of
+the Hub. A pipeline is
 
 - right if what the search says of two noises is where the pipeline's own calls end, with a table that has times of its
   own and with that of a known scheduler, and saved solvers load again for it;
@@ -41,6 +42,7 @@ from diffusers_searched_solver.trial import (
     UnsuitableCallError,
     recorded_steps,
     schedule_for,
+    takes_step_count,
     try_call,
     undecoded,
 )
@@ -57,6 +59,17 @@ SEEDS = [0, 1]
 # Of the end's size; calls of two round otherwise than calls of one.
 TOLERANCE = 1e-3
 OUR_FOLDERS = ("diffusers_searched_solver", "search")
+# For arguments of the tests that do not go with any number of steps (of 4, a `strength` of 0.2 leaves none), or with a
+# token for each letter.
+INSTEAD = {
+    "ConsistencyModelPipeline": {"timesteps": None},
+    "Kandinsky5I2IPipeline": {"max_sequence_length": 900},
+    "KandinskyV22ControlnetImg2ImgPipeline": {"strength": 0.5},
+    "KandinskyV22Img2ImgCombinedPipeline": {"strength": 0.5},
+    "KandinskyV22Img2ImgPipeline": {"strength": 0.5},
+    "SanaSprintImg2ImgPipeline": {"intermediate_timesteps": None},
+    "SanaSprintPipeline": {"intermediate_timesteps": None},
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +89,9 @@ def survey(pipe: DiffusionPipeline, inputs: Mapping) -> Verdict:
         inputs: Keyword arguments of its call for one sample, without `generator` and `num_inference_steps`.
     """
     name = type(pipe).__name__
+    steps = {"num_inference_steps": NUM_STEPS} if takes_step_count(pipe) else {}
     try:
-        pipe(**inputs, num_inference_steps=NUM_STEPS, generator=torch.Generator().manual_seed(0))
+        pipe(**inputs, **steps, generator=torch.Generator().manual_seed(0))
     except Exception as error:
         return Verdict(NOT_TRIED, _line(error), name)
     try:
@@ -91,7 +105,6 @@ def survey(pipe: DiffusionPipeline, inputs: Mapping) -> Verdict:
 
 
 def _compare(pipe, inputs: Mapping) -> tuple[str, str]:
-    SearchedSolverScheduler.from_config(pipe.scheduler.config)
     conditions = admit(pipe, [inputs] * 2, [NUM_STEPS])
     solvers = _tables(pipe.scheduler.config)
     schedulers = [_saved_and_loaded(pipe, solver) for solver in solvers]
@@ -151,24 +164,25 @@ def _line(error: Exception) -> str:
 
 
 def find_cases(checkout: Path) -> list[tuple[str, str]]:
-    """Modules and classes of the tests that make a pipeline of tiny networks."""
+    """Modules and classes of the tests that name a pipeline or make its tiny networks."""
     found = []
     for file in sorted((checkout / "tests" / "pipelines").rglob("test_*.py")):
         for node in ast.parse(file.read_text()).body:
-            if isinstance(node, ast.ClassDef) and _names_a_pipeline(node):
+            if isinstance(node, ast.ClassDef) and _may_make_a_pipeline(node):
                 found.append((".".join(file.relative_to(checkout).with_suffix("").parts), node.name))
     return found
 
 
-def _names_a_pipeline(node: ast.ClassDef) -> bool:
+def _may_make_a_pipeline(node: ast.ClassDef) -> bool:
     assigned = [target for each in node.body if isinstance(each, ast.Assign) for target in each.targets]
-    return any(isinstance(target, ast.Name) and target.id == "pipeline_class" for target in assigned)
+    names = {target.id for target in assigned if isinstance(target, ast.Name)}
+    return "pipeline_class" in names or "get_dummy_components" in {getattr(each, "name", "") for each in node.body}
 
 
 def build_case(module: str, name: str) -> tuple[DiffusionPipeline, dict] | None:
     """The pipeline of a class of tests with the arguments of its call; None if it makes none of tiny networks."""
     cls = getattr(importlib.import_module(module), name)
-    if not hasattr(cls, "get_dummy_components"):
+    if not isinstance(getattr(cls, "pipeline_class", None), type) or not _makes_networks(cls):
         return None
     case = cls.__new__(cls)
     pipe = case.pipeline_class(**case.get_dummy_components())
@@ -176,10 +190,26 @@ def build_case(module: str, name: str) -> tuple[DiffusionPipeline, dict] | None:
         if isinstance(part, torch.nn.Module):
             part.eval()
     pipe.set_progress_bar_config(disable=True)
-    takes = inspect.signature(case.get_dummy_inputs).parameters
-    inputs = case.get_dummy_inputs(torch.device("cpu")) if takes else case.get_dummy_inputs()
+    inputs = _on_the_cpu(case.get_dummy_inputs)
+    if hasattr(case, "get_dummy_inversion_inputs"):
+        inverted = _on_the_cpu(case.get_dummy_inversion_inputs)
+        pipe.invert(**{**inverted, "image": inverted["image"][0]})
     ours = ("generator", "num_inference_steps", "return_dict")
-    return pipe, {key: value for key, value in inputs.items() if key not in ours}
+    inputs = {key: value for key, value in inputs.items() if key not in ours}
+    return pipe, inputs | INSTEAD.get(type(pipe).__name__, {})
+
+
+def _makes_networks(cls) -> bool:
+    """Classes that others inherit from may leave it to them, or to a parameter, what is made."""
+    make = getattr(cls, "get_dummy_components", None)
+    if make is None:
+        return False
+    parameters = [*inspect.signature(make).parameters.values()][1:]
+    return all(each.default is not each.empty or each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def _on_the_cpu(make) -> dict:
+    return make(device="cpu") if "device" in inspect.signature(make).parameters else make()
 
 
 def _survey_case(connection, module: str, name: str, errors: str):
@@ -237,8 +267,8 @@ def main():
     """All pipelines, one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="a clone of diffusers")
-    parser.add_argument("--only", default="", metavar="WORD", help="pipelines whose tests' names have it")
-    parser.add_argument("--limit", type=float, default=180, help="seconds for each pipeline (default: 180)")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="tests whose names have one")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for each pipeline (default: 600)")
     parser.add_argument("--hub", action="store_true", help="load what the tests load from the Hub, without stand-ins")
     parser.add_argument("--output", type=Path, help="a Markdown file for the table (default: it is printed)")
     args = parser.parse_args()
@@ -251,7 +281,7 @@ def main():
         hub_stand_ins.install()
     verdicts = []
     for module, name in find_cases(args.checkout):
-        if args.only in f"{module}:{name}":
+        if any(word in f"{module}:{name}" for word in args.only):
             started = time.perf_counter()
             verdict = _in_time(module, name, args.limit)
             if verdict is not None:

@@ -1,19 +1,20 @@
 """What a search refuses before it spends anything, and what it makes one by one."""
 
+import copy
 import re
 from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
-from diffusers import DiTPipeline
+from diffusers import DiffusionPipeline, DiTPipeline
 from diffusers.hooks import FirstBlockCacheConfig
 from fields import inputs_of, load, own_run
 from tiny_pipelines import build, build_anew
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, check_solver, time_grid
 from diffusers_searched_solver.serialization import SolverFile
-from diffusers_searched_solver.trial import UnsuitableCallError, check_arguments, trial_table, try_call
+from diffusers_searched_solver.trial import UnsuitableCallError, check_arguments, recorded_steps, trial_table, try_call
 from search.launch.network_calls import NetworkCalls
 from search.pipeline.field import Alone, FieldError, PipelineField
 from search.pipeline.rollout import rollout
@@ -92,6 +93,85 @@ def test_a_prediction_of_another_shape_than_the_state_is_refused(open_field):
     message = r"made of a state of shape \(2, 4, 8, 8\) a prediction of shape \(4, 4, 8, 8\)"
     with pytest.raises(FieldError, match=message):
         open_field(pipe, {"class_labels": [1, 2], "guidance_scale": 1.0}, [0, 1])
+
+
+class PipelineWithOtherNoise(diffusers.FluxPipeline):
+    """Draws a part of its first state from nowhere, as JoyImage does for the image that is edited."""
+
+    def prepare_latents(self, *args):
+        latents, ids = super().prepare_latents(*args)
+        return latents + 0.1 * torch.randn(latents.shape), ids
+
+
+def test_noise_that_no_seed_says_is_found_out():
+    pipe = PipelineWithOtherNoise(**build("flux").pipe.components)
+    with pytest.raises(FieldError, match=r"PipelineWithOtherNoise begins at another state whenever it is called"):
+        admit(pipe, [inputs_of("flux")], [4])
+
+
+class PipelineWithSound(diffusers.FluxPipeline):
+    """Steps a second state with a copy of its scheduler, as those of LTX 2 do."""
+
+    def __call__(self, *args, **kwargs):
+        copy.deepcopy(self.scheduler)
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_pipeline_that_copies_its_scheduler_is_refused():
+    pipe = PipelineWithSound(**build("flux").pipe.components)
+    with pytest.raises(UnsuitableCallError, match="PipelineWithSound copies its scheduler, to step parts of"):
+        admit(pipe, [inputs_of("flux")], [4])
+    assert "__deepcopy__" not in vars(pipe.scheduler)
+
+
+class PipelineForOneScheduler(diffusers.FluxPipeline):
+    """Asks of its scheduler what others do not do, as latent consistency models do."""
+
+    def __call__(self, *args, **kwargs):
+        self.scheduler.set_shift(1.0)
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_call_that_works_with_the_own_scheduler_alone_is_refused_for_that():
+    pipe = PipelineForOneScheduler(**build("flux").pipe.components)
+    message = "runs with FlowMatchEulerDiscreteScheduler but not with a searched scheduler: AttributeError"
+    with pytest.raises(UnsuitableCallError, match=message):
+        admit(pipe, [inputs_of("flux")], [4])
+
+
+class PipelineWithoutStepCount(DiffusionPipeline):
+    """Runs as many steps as it has inverted, as LEDITS++ does."""
+
+    def __init__(self, scheduler):
+        super().__init__()
+        self.register_modules(scheduler=scheduler)
+
+    def __call__(self, editing_prompt, **kwargs):
+        raise AssertionError("It is not called.")
+
+
+def test_a_call_that_takes_no_number_of_steps_is_refused(digits_dit):
+    pipe = PipelineWithoutStepCount(digits_dit.scheduler)
+    with pytest.raises(UnsuitableCallError, match="PipelineWithoutStepCount takes no `num_inference_steps`"):
+        admit(pipe, [{"editing_prompt": ["glasses", "sunshine"]}], [4])
+
+
+def test_several_editing_prompts_are_of_one_sample(digits_dit):
+    check_arguments(digits_dit, {"editing_prompt": ["glasses", "sunshine"]})
+
+
+def test_a_recorded_state_stays_as_it_was_where_the_pipeline_writes_into_it():
+    """JoyImage puts the images that it was given back into the last state before it decodes it."""
+
+    def write(pipe, i, t, tensors):
+        tensors["latents"].zero_()
+        return tensors
+
+    last = []
+    pipe = build("flux").pipe
+    with recorded_steps(pipe, pipe.scheduler, lambda output, sample, next_sample: last.append(next_sample)):
+        pipe(**inputs_of("flux"), num_inference_steps=2, callback_on_step_end=write)
+    assert last[-1].norm() > 0
 
 
 @pytest.mark.parametrize("name", ["sd15_inpaint", "sdxl_inpaint"])

@@ -102,6 +102,13 @@ def _check_noise(pipe, field: PipelineField, first: torch.Tensor, begins_anywher
         )
     if noise.shape != first.shape or not _apart(noise, first) <= _tolerance(noise):
         by = f"by {_apart(noise, first):.0%}" if noise.shape == first.shape else f"in shape, {tuple(noise.shape)}"
+        field.suspend()
+        if not torch.equal(field.noise, noise):
+            raise FieldError(
+                f"{name} begins at another state whenever it is called, with one seed: it draws noise that is not of "
+                "its `generator`, so there are no runs to compare. Leave out the option that does so (such as an "
+                "`image` that is encoded with noise), or keep its own scheduler."
+            )
         raise FieldError(
             f"{name} begins at another state in a call of few steps than in a long one (it differs {by}): it draws "
             "more noise than its first state, or makes as many states as there are steps. Leave out the option that "

@@ -20,7 +20,8 @@ from .solver import SearchedSolver
 
 # Arguments that say how many samples one prompt makes.
 SEVERAL = re.compile(r"num_\w+_per_prompt|batch_size")
-PER_SAMPLE = re.compile(r"class_labels|.*prompt.*")
+# Editing prompts are of one sample, as many as there are.
+PER_SAMPLE = re.compile(r"class_labels|(?!editing_).*prompt.*")
 # The share of node times at which the network is called in a trial: whatever works apart from nodes works at them.
 APART = 0.99
 SET_FOR_EACH_SAMPLE = ("generator", "num_inference_steps")
@@ -65,8 +66,9 @@ class Trial:
 
 def check_arguments(pipe: DiffusionPipeline, call: Mapping):
     """
-    Refuse what is known to be wrong before anything runs: a pipeline that does not run its own scheduler, and keyword
-    arguments that make several samples, one noise for all seeds or another schedule than the table's.
+    Refuse what is known to be wrong before anything runs: a pipeline that does not run its own scheduler or is told no
+    number of steps, and keyword arguments that make several samples, one noise for all seeds or another schedule than
+    the table's.
 
     Raises:
         UnsuitableCallError: If there is such a thing.
@@ -85,6 +87,11 @@ def check_arguments(pipe: DiffusionPipeline, call: Mapping):
     if not isinstance(getattr(pipe, "scheduler", None), SchedulerMixin):
         raise UnsuitableCallError(
             f"{name} has no `scheduler` of diffusers' that a searched one could take the place of."
+        )
+    if not takes_step_count(pipe):
+        raise UnsuitableCallError(
+            f"The call of {name} takes no `num_inference_steps`, so it cannot be told how many steps a solver has. "
+            "Keep its own scheduler."
         )
     given = {key: value for key, value in call.items() if value is not None}
     for key in SET_FOR_EACH_SAMPLE:
@@ -105,6 +112,12 @@ def check_arguments(pipe: DiffusionPipeline, call: Mapping):
             )
     for key, value in given.items():
         _check_one_sample(key, value)
+
+
+def takes_step_count(pipe: DiffusionPipeline) -> bool:
+    """Whether the number of steps is among the arguments of its call, or of the call of a class it inherits from."""
+    calls = [vars(cls)["__call__"] for cls in type(pipe).__mro__ if "__call__" in vars(cls)]
+    return any("num_inference_steps" in inspect.signature(call).parameters for call in calls)
 
 
 def _check_one_sample(key: str, value):
@@ -132,8 +145,8 @@ def try_call(pipe: DiffusionPipeline, call: Mapping, num_steps: int, seed: int =
         seed (`int`): Of the noise.
 
     Raises:
-        UnsuitableCallError: If the call fails, never calls its scheduler, runs a schedule of its own or a part of the
-            table.
+        UnsuitableCallError: If the call fails, never calls its scheduler, copies it, runs a schedule of its own or a
+            part of the table.
     """
     check_arguments(pipe, call)
     scheduler = SearchedSolverScheduler.from_config(pipe.scheduler.config)
@@ -225,7 +238,15 @@ def _recorded_call(
     def see(output, sample, next_sample):
         steps.append(TriedStep(scheduler.step_index - 1, sample, output))
 
-    scheduler.set_timesteps = noting_set_timesteps
+    def refuse_to_be_copied(memo):
+        raise UnsuitableCallError(
+            f"{type(pipe).__name__} copies its scheduler, to step parts of its state by themselves (frames, or the "
+            "sound of a video), so there is no one state and time that a solver could be searched for. Call it "
+            "without the option that does so, or keep its own scheduler."
+        )
+
+    # Copies of it would step it in their place while its steps are recorded.
+    scheduler.set_timesteps, scheduler.__deepcopy__ = noting_set_timesteps, refuse_to_be_copied
     try:
         with recorded_steps(pipe, scheduler, see):
             generator = torch.Generator("cpu").manual_seed(seed)
@@ -233,14 +254,26 @@ def _recorded_call(
     except (UnsuitableCallError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise UnsuitableCallError(
-            f"The call of {type(pipe).__name__} with {describe(call)} failed: {type(error).__name__}: "
-            f"{str(error).rstrip('.')}. Make the same call yourself, with your own scheduler, to see whether the "
-            "arguments are right."
-        ) from error
+        raise UnsuitableCallError(_failure(pipe, call, num_steps, seed, error)) from error
     finally:
-        del scheduler.set_timesteps
+        del scheduler.set_timesteps, scheduler.__deepcopy__
     return steps, passed
+
+
+def _failure(pipe, call: Mapping, num_steps: int, seed: int, error: Exception) -> str:
+    """What to say of a call that fails with a scheduler of ours: whether it does so with the pipeline's own."""
+    name, own = type(pipe).__name__, type(pipe.scheduler).from_config(pipe.scheduler.config)
+    said = f"{type(error).__name__}: {str(error).rstrip('.')}"
+    try:
+        with recorded_steps(pipe, own, lambda *_: None):
+            generator = torch.Generator("cpu").manual_seed(seed)
+            pipe(**undecoded(pipe, call), num_inference_steps=num_steps, generator=generator)
+    except Exception:
+        return (
+            f"The call of {name} with {describe(call)} failed: {said}. Make the same call yourself, with your own "
+            "scheduler, to see whether the arguments are right."
+        )
+    return f"{name} runs with {type(own).__name__} but not with a searched scheduler: {said}. Keep its own scheduler."
 
 
 def undecoded(pipe: DiffusionPipeline, call: Mapping) -> dict:
@@ -271,7 +304,8 @@ def recorded_steps(
             output = scheduler._output(model_output, sample, kwargs.get("per_token_timesteps"))
         before = sample.clone(), output.clone()
         result = step(model_output, timestep, sample, *args, **kwargs)
-        see(before[1], before[0], result[0])
+        # Copies, because some pipelines put parts of an image back into the states themselves.
+        see(before[1], before[0], result[0].clone())
         return result
 
     pipe.scheduler, scheduler.step, pipe._progress_bar_config = scheduler, recording_step, {"disable": True}
