@@ -30,7 +30,7 @@ def list_bundled_solvers() -> list[str]:
 
 
 def check_spelling(name: str):
-    """Refuse what is nearly the name of a bundled solver; without a connection, the Hub's client would try for long."""
+    """Refuse what is nearly the name of a bundled solver: without a connection, the Hub's client tries for long."""
     near = difflib.get_close_matches(name, list_bundled_solvers(), n=1)
     if near and "/" not in name and not os.path.isdir(name):
         raise cannot_load(name, FileNotFoundError(f"there is no such folder. Did you mean '{near[0]}'?"))
