@@ -50,7 +50,7 @@ class Noises:
         strata: By seed, which share of all noises are of its stratum; one for those that are not in it.
 
     Attributes:
-        asked (`int`): How many were asked for, here or, until [`anew`], elsewhere.
+        asked (`int`): How many were asked for, since [`anew`] if they are of it.
     """
 
     def __init__(
