@@ -268,6 +268,8 @@ def _failure(pipe, call: Mapping, num_steps: int, seed: int, error: Exception) -
         with recorded_steps(pipe, own, lambda *_: None):
             generator = torch.Generator("cpu").manual_seed(seed)
             pipe(**undecoded(pipe, call), num_inference_steps=num_steps, generator=generator)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
         return (
             f"The call of {name} with {describe(call)} failed: {said}. Make the same call yourself, with your own "
