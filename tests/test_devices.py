@@ -112,15 +112,16 @@ def test_features_of_images_are_compared_on_an_accelerator():
         assert distribution_metrics(features, reference, device.device) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("by_default", [False, True])
 @pytest.mark.parametrize(("device_type", "name"), [("mps", "digits-sit"), ("cuda", "digits-dit")])
 def test_a_search_and_its_measurement_run_on_an_accelerator_and_wait_less_often_than_the_network_runs(
-    device_type, name, tmp_path
+    device_type, name, by_default, tmp_path
 ):
     pipe, conditions = load(name), [{"class_labels": [3], "guidance_scale": 1.0}]
     runs = []
     pipe.transformer.register_forward_hook(lambda *_: runs.append(1))
     settings = {"teacher_steps": 16, "batch_size": 4}
-    with simulated(device_type) as device:
+    with simulated(device_type) as device, default_device(device.device if by_default else None):
         pipe.to(device.device)
         outcome = find_solver(pipe, 2, conditions, max_calls=1400, log=lambda line: None, **settings)
         assert device.waits <= len(runs)
@@ -129,3 +130,17 @@ def test_a_search_and_its_measurement_run_on_an_accelerator_and_wait_less_often_
     assert device.waits <= len(runs)
     assert report.verdicts[2].use
     assert (tmp_path / "images.png").exists()
+
+
+@pytest.mark.parametrize("name", ["digits-sit", "digits-dit"])
+def test_a_search_and_its_measurement_are_the_same_under_another_default_device(name, tmp_path):
+    pipe, conditions = load(name), [{"class_labels": [3], "guidance_scale": 1.0}]
+
+    def found(default: str) -> tuple:
+        settings = {"teacher_steps": 16, "batch_size": 4}
+        with default_device(default):
+            outcome = find_solver(pipe, 2, conditions, max_calls=1400, log=lambda line: None, **settings)
+            report = measure(pipe, outcome.solver, conditions, tmp_path / default, num_eval_samples=8, **settings)
+        return outcome.solver.coefficients.tolist(), report.evaluation.results
+
+    assert found("meta") == found("cpu")

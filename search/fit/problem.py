@@ -266,7 +266,7 @@ def _disagreements(
 
 def _evenness(distances: Sequence[float]) -> float:
     """(sum of squares)^2 / (n * sum of their squares): one of n equal ones, 1 / n if one has all."""
-    distances = finite(torch.tensor(distances))
+    distances = finite(torch.tensor(distances, device="cpu"))
     squares = np.square((distances / max(float(distances.max()), TINY)).numpy())
     spread = len(squares) * np.square(squares).sum()
     return float(squares.sum() ** 2 / spread) if spread else 1.0

@@ -125,7 +125,7 @@ class _Fit:
     def _judged(self, name: str, solver: SearchedSolver, family=None, vector=None) -> Contender:
         """A contender with its errors on the noises that judge."""
         batches = self.problem.judging.between(0, self.num_judges)
-        errors = torch.tensor(self.journal.remember(lambda: endpoint_errors(batches, solver).tolist()))
+        errors = torch.tensor(self.journal.remember(lambda: endpoint_errors(batches, solver).tolist()), device="cpu")
         weights = gathered_weights(self.problem.judging, 0, self.num_judges)
         return Contender(name, solver, errors.double(), weights, family, vector)
 
@@ -287,7 +287,7 @@ class _Fit:
 
         def confirmed(contender: Contender) -> Contender:
             errors = self.journal.remember(lambda: endpoint_errors(batches, contender.solver).tolist())
-            return replace(contender, errors=torch.tensor(errors).double(), weights=weights)
+            return replace(contender, errors=torch.tensor(errors, dtype=torch.float64, device="cpu"), weights=weights)
 
         contenders = [] if best is self.known else self._on_the_way(best)
         self.num_judges, self.known = count, confirmed(self.known)

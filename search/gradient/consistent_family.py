@@ -42,7 +42,8 @@ class ConsistentFamily:
 
     def start(self) -> torch.Tensor:
         """Equal steps of Euler's method or of DDIM: r = 1, c = 0."""
-        return torch.cat([torch.ones(self.num_steps), torch.zeros(len(self._places[0]))]).double()
+        start = np.concatenate([np.ones(self.num_steps), np.zeros(len(self._places[0]))])
+        return torch.from_numpy(start)
 
     def timesteps(self, vector: torch.Tensor) -> torch.Tensor:
         """tau of a vector, shape (N,), float64."""

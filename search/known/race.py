@@ -72,7 +72,7 @@ def race(
     Raises:
         ValueError: If what is remembered is of other tables.
     """
-    nothing = torch.zeros(0, dtype=torch.float64)
+    nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
     standings = [Standing(table, nothing, nothing) for table in tables]
     before = 0
     for of_rung, share in rungs:
@@ -85,7 +85,7 @@ def race(
         rows = remembered_errors(noises.between(before, count), [standing.table for standing in racing], remember)
         weights = gathered_weights(noises, 0, count)
         for standing, row in zip(racing, rows, strict=True):
-            errors = torch.cat([standing.errors, torch.tensor(row, dtype=torch.float64)])
+            errors = torch.cat([standing.errors, torch.tensor(row, dtype=torch.float64, device="cpu")])
             standings[standings.index(standing)] = Standing(standing.table, errors, weights)
         before = count
     return sorted(standings, key=lambda standing: standing.rank)

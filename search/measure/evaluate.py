@@ -86,7 +86,7 @@ class Comparison:
             for kind in (True, False)
         ]
         self._own = [name for name, each in self.rivals.items() if each.family == OWN]
-        self._errors = {name: torch.zeros(0, dtype=torch.float64) for name in self.solvers}
+        self._errors = {name: torch.zeros(0, dtype=torch.float64, device="cpu") for name in self.solvers}
         self._out: set[str] = set()
 
     @property

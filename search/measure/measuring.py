@@ -220,7 +220,7 @@ class Measurement:
             num_batches = count_batches(conditions, len(seeds), self._batch_size)
             return torch.cat(list(in_order(stream, num_batches, of_batch)), 1).tolist()
 
-        return torch.tensor(self.journal.remember(compute), dtype=torch.float64)
+        return torch.tensor(self.journal.remember(compute), dtype=torch.float64, device="cpu")
 
     def _along_the_way(self, comparisons: Mapping[int, Comparison], teacher_error: float | None) -> dict | None:
         """The teacher's error, if it is not known, and trajectories, on the first noises by the main process."""

@@ -46,9 +46,9 @@ class HandOutScheduler(SearchedSolverScheduler):
                 "`clip_sample`), so a run is no table's. Set both to False in it to search a solver for such runs."
             )
         self.num_inference_steps = self.evaluations_per_call
-        self.time = torch.tensor(self.start, dtype=torch.float32, device=device)
+        self.time = torch.tensor(self.start, dtype=torch.float32, device=device or "cpu")
         self.timesteps = _LiveTimesteps.of(self, self.time.repeat(self.num_inference_steps))
-        self.sigmas = torch.full((self.num_inference_steps + 1,), self._sigma(self.start))
+        self.sigmas = torch.full((self.num_inference_steps + 1,), self._sigma(self.start), device="cpu")
         self.index, self.node = 0, None
 
     def _sigma(self, timestep: float) -> float:
@@ -58,7 +58,7 @@ class HandOutScheduler(SearchedSolverScheduler):
         """Of the node that the network is called for, where that is asked for; it may be called at another time."""
         alphas, sigmas = super()._levels(sample, timesteps)
         if self.node is not None:
-            here = torch.as_tensor(timesteps).reshape(-1, *[1] * (sample.ndim - 1)).to(alphas.device)
+            here = torch.as_tensor(timesteps, device=alphas.device).reshape(-1, *[1] * (sample.ndim - 1))
             here = here == self.time.to(here)
             alphas, sigmas = (
                 torch.where(here, node, of) for node, of in zip(self.node, (alphas, sigmas), strict=True)

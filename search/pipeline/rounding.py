@@ -24,7 +24,7 @@ def rounding_error(field: PipelineField) -> float:
             finite.
     """
     x, middle = field.noise.float(), field.process.max_timestep / 2
-    h = DISTANCE * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    h = DISTANCE * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
     before, here, after = (field(state.to(field.noise.dtype), middle).cpu().double() for state in (x - h, x, x + h))
     error = float((before - 2 * here + after).norm() / (6**0.5 * here.norm()))
     return error if math.isfinite(error) else 0.0

@@ -127,7 +127,7 @@ class Weights:
 
     def of(self, batch: Batch) -> torch.Tensor:
         """The weight of each row of a batch's states; pipelines with guidance may have every sample twice."""
-        weights = torch.tensor([self._weights[seed] for seed in batch.field.seeds], dtype=torch.float64)
+        weights = torch.tensor([self._weights[seed] for seed in batch.field.seeds], dtype=torch.float64, device="cpu")
         return weights.repeat(batch.field.shape[0] // len(weights))
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping
 
+import torch
 from diffusers import (
     DDIMScheduler,
     DEISMultistepScheduler,
@@ -25,9 +26,9 @@ def diffusers_schedulers(config: Mapping) -> dict[str, dict[str, SchedulerMixin]
     Args:
         config: The config of the pipeline's scheduler.
     """
-    if prediction_type_from_config(config) == "flow_prediction":
-        return _flow_schedulers(config)
-    return _variance_preserving_schedulers(config)
+    flow = prediction_type_from_config(config) == "flow_prediction"
+    with torch.device("cpu"):  # their numbers are read
+        return _flow_schedulers(config) if flow else _variance_preserving_schedulers(config)
 
 
 def _flow_schedulers(config) -> dict[str, dict[str, SchedulerMixin]]:

@@ -188,7 +188,7 @@ class ClassToImagePipeline(DiffusionPipeline):
             null = torch.full_like(class_labels, self.transformer.config.num_classes)
             x, class_labels = torch.cat([x, x]), torch.cat([class_labels, null])
         flow = self.prediction_type == "flow_prediction"
-        t = torch.as_tensor(timestep, dtype=torch.float32).to(x.device).expand(len(x))
+        t = torch.as_tensor(timestep, dtype=torch.float32, device=x.device).expand(len(x))
         t = 1 - t / self.scheduler.config.num_train_timesteps if flow else t
         output = self.transformer(x.to(self.transformer.dtype), t, class_labels, return_dict=False)[0]
         m = -output if flow else output[:, : latents.shape[1]]
