@@ -11,13 +11,14 @@ from fields import load
 
 from diffusers_searched_solver import FlowMatching, SearchedSolver, time_grid
 from diffusers_searched_solver.check import teacher_solver
-from search.fit import gauss_newton
 from search.fit.gauss_newton import gauss_newton_iteration
 from search.fit.parameters import SolverFamily
 from search.fit.starts import start_grids
 from search.known.baselines import known_tables
 from search.known.race import race_errors
 from search.launch.network_calls import NetworkCalls
+from search.measure.trajectory import compare_trajectories, teacher_trajectory
+from search.pipeline import rollout as rollouts
 from search.pipeline.rollout import Batch, endpoint_errors, recorded_run, rollout, root_mean_square
 from search.teacher.batches import make_batches
 
@@ -29,7 +30,7 @@ ELEMENTS = 4099  # a number that nothing else has
 class CountingField:
     """A field whose flow is known, and how many numbers there have been at most in memory like that of its states."""
 
-    process, prediction_type = FlowMatching(), "flow_prediction"
+    process, prediction_type, seeds = FlowMatching(), "flow_prediction", [0]
 
     def __init__(self):
         self.noise = torch.randn(1, ELEMENTS, generator=torch.Generator().manual_seed(0))
@@ -77,6 +78,19 @@ def test_a_race_of_many_tables_holds_few_states():
     torch.testing.assert_close(race(CountingField(), tables), alone, rtol=1e-3, atol=0)
 
 
+def test_trajectories_are_compared_on_so_many_elements_whatever_the_steps_of_the_teacher(monkeypatch):
+    monkeypatch.setattr(rollouts, "MOST_ELEMENTS", ELEMENTS // 16)
+    solver = SearchedSolver.adams_bashforth(*time_grid(CountingField.process, 6), "velocity", order=2)
+
+    def compare(steps) -> float:
+        def run(field):
+            compare_trajectories(solver, solver, field, teacher_trajectory(field, steps))
+
+        return most_states(run)
+
+    assert compare(128) <= compare(16) <= 8
+
+
 @pytest.mark.parametrize("name", ["digits-dit", "digits-sit"])
 def test_derivatives_on_a_quarter_of_the_elements_lead_as_far(name, monkeypatch):
     pipe = load(name)
@@ -88,7 +102,7 @@ def test_derivatives_on_a_quarter_of_the_elements_lead_as_far(name, monkeypatch)
     family = SolverFamily(process, known, offsets=name == "digits-dit")
     errors = []
     for elements in (2**16, 64):
-        monkeypatch.setattr(gauss_newton, "MOST_ELEMENTS", elements)
+        monkeypatch.setattr(rollouts, "MOST_ELEMENTS", elements)
         fitted = gauss_newton_iteration(family, family.start, train, [torch.ones(16)])
         solver = family.solver(family.entries(fitted.vector))
         errors.append(root_mean_square(endpoint_errors(others, solver)))

@@ -1,6 +1,5 @@
 """Damped Gauss-Newton on the end-point error, from forward evaluations alone."""
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from diffusers_searched_solver import SearchedSolver
 
 from ..launch.processes import gather
-from ..pipeline.rollout import Batch, Run, mean_squares, recorded_run, rollout
+from ..pipeline.rollout import Batch, Run, mean_squares, recorded_run, rollout, some_elements
 from .parameters import Entry, SolverFamily
 
 
@@ -25,8 +24,6 @@ MIN_GAIN = 0.03
 GOOD, POOR = 0.7, 0.25
 # Of the change of a difference quotient.
 MAX_HALVINGS = 40
-# Elements of a sample that derivatives are of: a hundred numbers are determined by as many residuals many times over.
-MOST_ELEMENTS = 2**15
 # Columns of J smaller than this share of the largest are rounding.
 USABLE = 1e-9
 Judge = Callable[[SearchedSolver], float]
@@ -123,7 +120,7 @@ class _LinearModel:
     Attributes:
         vector: Where r was taken; moves with every successful `try_step`.
         parameters: Which of its numbers J has columns of.
-        residuals: r at up to `MOST_ELEMENTS` of a sample's elements, one tensor (batch, elements) per batch.
+        residuals: r at [`some_elements`] of a sample, one tensor (batch, elements) per batch.
         jacobians: J at the same, one tensor (parameters, batch, elements) per batch; both on the CPU.
         loss (`float`): Of all elements.
         promised (`float`): By which share the loss would fall at the last `damped_step` if J were right.
@@ -238,7 +235,7 @@ def confined_step(matrix: np.ndarray, gradient: np.ndarray, limits: np.ndarray) 
 def _residual(end: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """r at the elements that derivatives are of, shape (batch, elements), and e^2 of each sample, of all elements."""
     residual = end.cpu() - batch.target
-    return _some_elements(residual), mean_squares(residual)
+    return some_elements(residual), mean_squares(residual)
 
 
 def _difference_quotient(
@@ -247,21 +244,7 @@ def _difference_quotient(
     """d x_N / d entry, shape (batch, elements)."""
     solver, change = _neighbour(family, entries, entry)
     branch = Run(run.states[: entry.step + 1], run.history[: entry.known])
-    return _some_elements((rollout(batch.field, solver, branch) - run.end) / change)
-
-
-def _some_elements(states: torch.Tensor) -> torch.Tensor:
-    """At most `MOST_ELEMENTS` of each sample, always the same ones, shape (batch, elements), on the CPU."""
-    rows = states.flatten(1)
-    if rows.shape[1] > MOST_ELEMENTS:
-        rows = rows[:, _chosen(rows.shape[1], MOST_ELEMENTS).to(rows.device)]
-    return rows.cpu()
-
-
-@functools.cache
-def _chosen(elements: int, count: int) -> torch.Tensor:
-    """As many places of so many, spread at random."""
-    return torch.randperm(elements, generator=torch.Generator().manual_seed(0))[:count].sort().values
+    return some_elements((rollout(batch.field, solver, branch) - run.end) / change).cpu()
 
 
 def _neighbour(family: SolverFamily, entries: np.ndarray, entry: Entry) -> tuple[SearchedSolver, float]:

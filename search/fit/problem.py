@@ -250,7 +250,7 @@ def _disagreements(
     ]
     numbered = pipeline_calls(conditions, seeds, batch_size)
 
-    def distances(samples: Samples, index: tuple[int, ...]) -> list[tuple[int, float]]:
+    def distances(samples: Samples, _) -> list[tuple[int, float]]:
         field = PipelineField(pipe, merged(samples), [each for _, each in samples], calls)
         shared = FirstPredictions(field)
         ends = (rollout(field, solver, shared.beginning(solver)) for solver in solvers)
@@ -259,7 +259,7 @@ def _disagreements(
         # Pipelines with guidance may have every sample twice.
         return list(zip(field.seeds, found, strict=False))
 
-    parts = [part for samples in share(numbered) for part in in_parts(distances, samples, ())]
+    parts = [part for samples in share(numbered) for part in in_parts(pipe, distances, samples)]
     by_seed = dict(everyone([pair for part in parts for pair in part]))
     return [by_seed[each] for each in seeds]
 

@@ -20,7 +20,7 @@ from ..launch.processes import agree, in_order
 from ..launch.progress import Progress
 from ..pipeline.field import PipelineField
 from ..pipeline.rollout import Batch, rollout, root_mean_square, sample_errors
-from ..teacher.batches import TEACHER_SHARE, count_batches, merged, pipeline_calls, stream_batches
+from ..teacher.batches import TEACHER_SHARE, Samples, count_batches, in_parts, merged, pipeline_calls, stream_batches
 from ..teacher.cache import TeacherCache
 from ..teacher.noises import portion_end
 from ..teacher.splits import EVALUATION_SEEDS, TUNING_SEEDS, make_noises, split_seeds, turned
@@ -228,20 +228,25 @@ class Measurement:
             return None
         seeds = split_seeds(self._seed, EVALUATION_SEEDS, self._batch_size)
         samples = pipeline_calls(turned(self.conditions, seeds, self._seed, EVALUATION_SEEDS), seeds, len(seeds))[0]
-        field = PipelineField(self.pipe, merged(samples), [seed for _, seed in samples], self.journal.calls)
-        if teacher_error is None or self.full:
-            ends = (rollout(field, teacher_solver(field.process, n * self.teacher_steps)) for n in (1, FINER))
-            teacher_error = root_mean_square(sample_errors(*ends))
-        teacher = teacher_trajectory(field, self.measuring_steps)
-        rows = {
-            n: compare_trajectories(each.solvers[SEARCHED], each.best_of(CLASSICAL).solver, field, teacher)
-            for n, each in comparisons.items()
-        }
-        field.close()
-        return {
-            "teacher_error": teacher_error,
-            "trajectories": {n: [vars(r) for r in each] for n, each in rows.items()},
-        }
+
+        def found(samples: Samples, _) -> dict:
+            field = PipelineField(self.pipe, merged(samples), [seed for _, seed in samples], self.journal.calls)
+            error = teacher_error
+            if error is None or self.full:
+                ends = (rollout(field, teacher_solver(field.process, n * self.teacher_steps)) for n in (1, FINER))
+                error = root_mean_square(sample_errors(*ends))
+            teacher = teacher_trajectory(field, self.measuring_steps)
+            rows = {
+                n: compare_trajectories(each.solvers[SEARCHED], each.best_of(CLASSICAL).solver, field, teacher)
+                for n, each in comparisons.items()
+            }
+            field.close()
+            return {
+                "teacher_error": error,
+                "trajectories": {n: [vars(r) for r in each] for n, each in rows.items()},
+            }
+
+        return next(in_parts(self.pipe, found, samples))
 
 
 def measuring_evaluations(

@@ -1,4 +1,7 @@
-"""Errors along the way: how far a solver's states are from the teacher's at the same noise level."""
+"""
+Errors along the way: how far a solver's states are from the teacher's at the same noise level, on at most
+`MOST_ELEMENTS` of a sample, so that a teacher of many steps can be kept whole.
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +13,7 @@ from diffusers_searched_solver.check import teacher_solver
 
 from ..known.baselines import CLASSICAL
 from ..pipeline.field import PipelineField
-from ..pipeline.rollout import Run, recorded_run, root_mean_square, sample_errors
+from ..pipeline.rollout import Run, recorded_run, root_mean_square, sample_errors, some_elements
 from .evaluate import SEARCHED
 
 
@@ -72,7 +75,7 @@ class Trajectory:
 def teacher_trajectory(field: PipelineField, teacher_steps: int) -> Trajectory:
     """The teacher's run of these samples."""
     teacher = teacher_solver(field.process, teacher_steps)
-    return Trajectory(recorded_run(field, teacher), teacher)
+    return Trajectory(recorded_run(field, teacher, keep=some_elements), teacher)
 
 
 def with_classical_coefficients(solver: SearchedSolver) -> SearchedSolver:
@@ -99,7 +102,7 @@ def compare_trajectories(
 
 def _row(name: str, solver: SearchedSolver, field: PipelineField, teacher: Trajectory) -> TrajectoryRow:
     levels = zip(solver.alphas.tolist(), solver.sigmas.tolist(), strict=True)
-    states = recorded_run(field, solver).states
+    states = recorded_run(field, solver, keep=some_elements).states
     errors = [sample_errors(state, teacher(*level)) for state, level in zip(states, levels, strict=True)]
     timesteps = field.process.timesteps(solver.alphas, solver.sigmas)
     return TrajectoryRow(name, timesteps.tolist(), [root_mean_square(each) for each in errors], len(field.seeds))

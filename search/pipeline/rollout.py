@@ -1,6 +1,7 @@
 """Runs of a solver over a field, from any step on."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,10 @@ from diffusers_searched_solver.history import History
 
 from ..launch.processes import gather
 from .field import PipelineField
+
+
+# Elements of a sample that derivatives and states on the way are of: they determine a hundred numbers many times over.
+MOST_ELEMENTS = 2**15
 
 
 @dataclass(frozen=True)
@@ -63,22 +68,28 @@ def rollout(field: PipelineField, solver: SearchedSolver, prefix: Run | None = N
     return end
 
 
-def recorded_run(field: PipelineField, solver: SearchedSolver, prefix: Run | None = None) -> Run:
+def recorded_run(
+    field: PipelineField,
+    solver: SearchedSolver,
+    prefix: Run | None = None,
+    keep: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+) -> Run:
     """
     A run with all its states and predictions, those of `prefix` included.
 
     Args:
         prefix (*optional*): As in [`rollout`].
+        keep (*optional*): What is to be kept of each of them, such as [`some_elements`].
 
     Returns:
         `Run`: States are what the network was called on, with the parts that an inpainting pipeline has put back.
     """
-    states = [field.noise] if prefix is None else list(prefix.states)
+    states = [keep(field.noise)] if prefix is None else list(prefix.states)
     predictions = [] if prefix is None else list(prefix.history)
     for state, history, end in _steps(field, solver, prefix):
         # Where memory is used again, the next prediction may take this one's place.
-        predictions[len(states) - 1 :] = [history[-1] if history.keeps_all else history[-1].clone()]
-        states[-1:] = [state, end]
+        predictions[len(states) - 1 :] = [keep(history[-1] if history.keeps_all else history[-1].clone())]
+        states[-1:] = [keep(state), keep(end)]
     return Run(states, predictions)
 
 
@@ -102,6 +113,20 @@ def _steps(
 def node_of(solver: SearchedSolver, i: int) -> tuple[float, float]:
     """alpha and sigma of the state before step `i`; the first is noise alone, whatever the solver's first node."""
     return (float(solver.alphas[i]), float(solver.sigmas[i])) if i else (0.0, 1.0)
+
+
+def some_elements(states: torch.Tensor) -> torch.Tensor:
+    """At most `MOST_ELEMENTS` of each sample, always the same ones, shape (batch, elements)."""
+    rows = states.flatten(1)
+    if rows.shape[1] <= MOST_ELEMENTS:
+        return rows
+    return rows[:, _chosen(rows.shape[1], MOST_ELEMENTS).to(rows.device)]
+
+
+@functools.cache
+def _chosen(elements: int, count: int) -> torch.Tensor:
+    """As many places of so many, spread at random."""
+    return torch.randperm(elements, generator=torch.Generator().manual_seed(0), device="cpu")[:count].sort().values
 
 
 def sample_errors(end: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

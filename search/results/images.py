@@ -86,7 +86,7 @@ def draw_samples(
             update(num_steps * len(samples))
             return list(zip(of_samples, films, strict=False))
 
-        found = dict(pair for samples in calls for part in in_parts(some, samples, ()) for pair in part)
+        found = dict(pair for samples in calls for part in in_parts(pipe, some, samples) for pair in part)
         return [found[seed] for seed in seeds if seed in found]
 
     goal = draw(teacher, steps)

@@ -2,8 +2,10 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline
@@ -26,6 +28,8 @@ BATCH_SIZE = 4
 NO_CACHE = TeacherCache()
 Samples = Sequence[tuple[Mapping, int]]
 T = TypeVar("T")
+# By pipeline, so many samples in one call that memory ran out: no stage tries that again.
+_TOO_MANY: MutableMapping[DiffusionPipeline, int] = WeakKeyDictionary()
 
 
 def make_batches(
@@ -83,7 +87,7 @@ def stream_batches(
 
     numbered = list(enumerate(pipeline_calls(conditions, seeds, batch_size), first))
     for index, samples in share(numbered, first):
-        yield in_parts(batch, samples, (index,))
+        yield list(in_parts(pipe, batch, samples, (index,)))
 
 
 def merged(samples: Samples) -> dict:
@@ -91,17 +95,28 @@ def merged(samples: Samples) -> dict:
     return functools.reduce(merge_conditions, (condition for condition, _ in samples))
 
 
-def in_parts(make: Callable[[Samples, tuple[int, ...]], T], samples: Samples, index: tuple[int, ...]) -> list[T]:
+def in_parts(
+    pipe: DiffusionPipeline,
+    make: Callable[[Samples, tuple[int, ...]], T],
+    samples: Samples,
+    index: tuple[int, ...] = (),
+) -> Iterator[T]:
     """What is made of the samples of a call, or of its halves where memory is too short for all."""
-    try:
-        return [make(samples, index)]
-    except (FieldError, torch.OutOfMemoryError) as error:
-        if len(samples) == 1 or not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
-            raise
     half = len(samples) // 2
-    logger.warning(f"{len(samples)} samples in one call run out of memory: going on with {half}.")
-    torch.cuda.empty_cache()
-    return in_parts(make, samples[:half], (*index, 0)) + in_parts(make, samples[half:], (*index, 1))
+    if len(samples) < _TOO_MANY.get(pipe, math.inf):
+        try:
+            made = make(samples, index)
+        except (FieldError, torch.OutOfMemoryError) as error:
+            if not half or not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
+                raise
+        else:
+            yield made
+            return
+        _TOO_MANY[pipe] = len(samples)
+        logger.warning(f"{len(samples)} samples in one call run out of memory: going on with {half}.")
+        torch.cuda.empty_cache()
+    for k, each in enumerate((samples[:half], samples[half:])):
+        yield from in_parts(pipe, make, each, (*index, k))
 
 
 def count_batches(conditions: Sequence[Mapping], num_samples: int, batch_size: int) -> int:
