@@ -11,15 +11,14 @@ from diffusers import DiffusionPipeline
 from diffusers_searched_solver.rivals import diffusers_schedulers
 
 from .fit.budget import judging_evaluations, search_bytes, shared_evaluations, usual_calls
-from .fit.problem import HEAVY_CALLS, setup_evaluations
+from .fit.problem import HEAVY_CALLS, calls_per_evaluation, setup_evaluations
 from .gradient.recipe import Recipe, recipe_evaluations
 from .launch.network_calls import NetworkCalls
 from .launch.progress import DRAWING, IMAGES, MEASURING, TEACHER
 from .measure.feature_network import FeatureNetwork
 from .measure.image_metrics import image_evaluations, seconds_per_image
 from .measure.measuring import FINER, measuring_evaluations
-from .pipeline.conditions import variant_of
-from .pipeline.field import PipelineField
+from .pipeline.conditions import one_of_each
 from .pipeline.readying import device_of
 from .results.images import drawing_evaluations
 from .results.output import GRID_SAMPLES
@@ -37,7 +36,9 @@ KEPT_ON_CPU = 2.2
 
 def expected_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Settings) -> dict[str, int]:
     """Network calls of all processes for the teacher, the search for each number of steps, and what follows."""
-    per_sample = _calls_per_evaluation(pipe, conditions)
+    calls = NetworkCalls(pipe)
+    per_sample = calls_per_evaluation(pipe, conditions, calls)
+    calls.remove()
     config, steps = pipe.scheduler.config, settings.num_steps
     expected = {} if settings.evaluate_only else _search_calls(config, conditions, settings, per_sample)
     full = settings.measure == "full"
@@ -99,7 +100,7 @@ def _memory(pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Se
         return f"peak memory: {sampling:,.0f} MiB"
     if settings.fitter == "gradient":
         return f"peak memory: {sampling:,.0f} MiB, and what the network keeps for its gradient"
-    scales = _num_variants(conditions), PartialState().num_processes
+    scales = len(one_of_each(conditions)), PartialState().num_processes
     sizes = settings.num_steps, elements, settings.batch_size, *scales
     kept = KEPT_ON_CPU if device_of(pipe).type == "cpu" else 1.0
     held, most = (kept * search_bytes(*sizes, heavy) / 2**20 for heavy in (False, True))
@@ -107,23 +108,6 @@ def _memory(pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Se
         f"peak memory: {sampling + held:,.0f} MiB, {sampling:,.0f} for sampling and {held:,.0f} to search, or "
         f"{most:,.0f} if a few noises are much harder than others"
     )
-
-
-def _num_variants(conditions: Sequence[Mapping]) -> int:
-    return len(_one_of_each(conditions))
-
-
-def _calls_per_evaluation(pipe: DiffusionPipeline, conditions: Sequence[Mapping]) -> float:
-    calls, variants = NetworkCalls(pipe), _one_of_each(conditions)
-    for condition in variants:
-        PipelineField(pipe, condition, [0], calls).close()
-    calls.remove()
-    return calls.count / len(variants)
-
-
-def _one_of_each(conditions: Sequence[Mapping]) -> list[Mapping]:
-    """A condition of every guidance scale and size, which cost differently."""
-    return list({variant_of(condition): condition for condition in conditions}.values())
 
 
 def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], batch_size: int) -> _Timed:
@@ -135,7 +119,7 @@ def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], batch_si
         opening, started = opening or samples, started or time.perf_counter()
 
     calls.on_call = skip_opening
-    variants = _one_of_each(conditions)
+    variants = one_of_each(conditions)
     seeds = split_seeds(0, 0, batch_size * len(variants))
     batches = make_batches(pipe, variants, seeds, batch_size, TIMED_STEPS, calls)
     if device_of(pipe).type == "cuda":
@@ -152,7 +136,7 @@ def _search_calls(
     config: Mapping, conditions: Sequence[Mapping], settings: Settings, per_sample: float
 ) -> dict[str, int]:
     """Network calls until the teacher is good enough, and for every step count, which spends what it may."""
-    setup, scales = setup_evaluations(settings.teacher_steps, max(settings.num_steps)), _num_variants(conditions)
+    setup, scales = setup_evaluations(settings.teacher_steps, max(settings.num_steps)), len(one_of_each(conditions))
     shared = scales * shared_evaluations(settings.teacher_steps)
     expected, known = {TEACHER: int(per_sample * setup)}, setup
     for num_steps in settings.num_steps:

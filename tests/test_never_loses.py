@@ -22,7 +22,7 @@ from search import find_solver
 from search.fit import strategy
 from search.fit.gauss_newton import confined_step
 from search.fit.parameters import SolverFamily
-from search.fit.problem import HEAVY, _evenness, _stratified, search_problem
+from search.fit.problem import HEAVY, _evenness, _of_their_like, _stratified, search_problem
 from search.fit.strategy import fit_solver
 from search.known.baselines import CLASSICAL, KnownTable, at_other_steps, diffusers_schedulers, known_tables
 from search.known.contest import Contest, score
@@ -282,6 +282,16 @@ def test_strata_weigh_as_many_as_there_are_of_them():
     # Half of these sixteen are of an eighth of all.
     assert sum(weights.values()) == pytest.approx(16)
     assert weights[order[0]] / weights[order[1]] == pytest.approx((1 / 8) / (7 / 8))
+
+
+def test_noises_of_a_higher_guidance_scale_are_not_hard_for_it():
+    alike = np.random.default_rng(0).uniform(0.5, 1, 32)
+    variants = [(scale,) for scale in (1.0, 4.0)] * 16
+    distances = alike * np.tile([1.0, 20.0], 16)
+    assert _evenness(distances) < HEAVY < _evenness(_of_their_like(distances, variants))
+    hard = np.array(distances)
+    hard[4] *= 30
+    assert _of_their_like(hard, variants).argmax() == 4
 
 
 def test_a_few_noises_that_have_most_of_the_squares_are_noticed():

@@ -23,7 +23,7 @@ from diffusers_searched_solver.rivals import diffusers_schedulers
 from ..known.contest import TINY, finite
 from ..known.race import FirstPredictions
 from ..launch.processes import agree, everyone, gather, share, total
-from ..pipeline.conditions import variant_of
+from ..pipeline.conditions import one_of_each, variant_of
 from ..pipeline.field import NetworkCalls, PipelineField
 from ..pipeline.rollout import endpoint_errors, rollout, root_mean_square, sample_errors
 from ..pipeline.rounding import rounding_error
@@ -67,7 +67,8 @@ class Problem:
         teacher_steps (`int`): Of the run whose ends are the goal.
         teacher_error (`float`): Its own error, as far as runs of half its steps show.
         elements (`int`): Of a sample's state.
-        calls_per_evaluation (`int`): Network calls of one evaluation of one sample, guidance included.
+        calls_per_evaluation (`float`): Network calls of one evaluation of one sample, guidance included; the mean over
+            guidance scales and sizes.
         setup_calls (`int`): What all processes have spent until here, but for these noises.
     """
 
@@ -83,7 +84,7 @@ class Problem:
     teacher_steps: int
     teacher_error: float
     elements: int
-    calls_per_evaluation: int
+    calls_per_evaluation: float
     setup_calls: int
 
     @property
@@ -167,21 +168,25 @@ def search_problem(
         seeds = split_seeds(seed, split, stop)[start:]
         return _disagreements(pipe, turned(conditions, seeds, seed, split), seeds, batch_size, calls)
 
+    def of_their_like(split: int, distances: Sequence[float]) -> np.ndarray:
+        seeds = split_seeds(seed, split, len(distances))
+        return _of_their_like(distances, [variant_of(each) for each in turned(conditions, seeds, seed, split)])
+
     def screened(split: int, spacing: int, known: Sequence[float] = ()) -> tuple[list[int], dict[int, float]]:
-        distances = [*known, *disagreements(split, len(known), SCREENED)]
+        distances = of_their_like(split, [*known, *disagreements(split, len(known), SCREENED)])
         return _stratified(split_seeds(seed, split, len(distances)), distances, spacing)
 
     of_train = disagreements(TRAIN_SEEDS, 0, FEW)
-    if _evenness(of_train) < UNSURE:
+    if _evenness(of_their_like(TRAIN_SEEDS, of_train)) < UNSURE:
         of_train += disagreements(TRAIN_SEEDS, FEW, 2 * FEW)
-    evenness = _evenness(of_train)
+    evenness = _evenness(of_their_like(TRAIN_SEEDS, of_train))
     heavy = evenness < HEAVY
     train_order = screened(TRAIN_SEEDS, HARD // 2, of_train) if heavy else ()
     # The hard ones come first: on these, what is known races.
     judging_order = screened(JUDGING_SEEDS, 1) if heavy else ()
     found = _good_teacher(lambda s: noises(TRAIN_SEEDS, s, *train_order), own.process, teacher_steps, max(step_counts))
     train, teacher_steps, error = found
-    per_evaluation = agree(_calls_per_evaluation(train, calls) if PartialState().is_main_process else None)
+    per_evaluation = agree(calls_per_evaluation(pipe, conditions, calls) if PartialState().is_main_process else None)
     first = train.between(0, 1)
     rounding = agree(rounding_error(first[0].field) if PartialState().is_main_process else None)
     elements = agree(first[0].field.shape[1:].numel() if PartialState().is_main_process else None)
@@ -197,7 +202,7 @@ def search_problem(
         judging,
         noises(CONFIRMING_SEEDS, teacher_steps),
         evenness,
-        len({variant_of(condition) for condition in conditions}),
+        len(one_of_each(conditions)),
         teacher_steps,
         error,
         elements,
@@ -264,6 +269,18 @@ def _disagreements(
     return [by_seed[each] for each in seeds]
 
 
+def _of_their_like(distances: Sequence[float], variants: Sequence[tuple]) -> np.ndarray:
+    """
+    Distances over what is usual of their guidance scale and size: that all are farther at a higher scale makes no
+    noise harder than others.
+    """
+    shares = finite(torch.tensor(distances, device="cpu")).numpy()
+    for variant in {*variants}:
+        of_variant = np.array([each == variant for each in variants])
+        shares[of_variant] /= max(np.median(shares[of_variant]), TINY)
+    return shares
+
+
 def _evenness(distances: Sequence[float]) -> float:
     """(sum of squares)^2 / (n * sum of their squares): one of n equal ones, 1 / n if one has all."""
     distances = finite(torch.tensor(distances, device="cpu"))
@@ -282,12 +299,12 @@ def _stratified(seeds: Sequence[int], distances: Sequence[float], spacing: int) 
     return order, {each: len(of) / len(seeds) for of in (hard, easy) for each in of}
 
 
-def _calls_per_evaluation(train: Noises, calls: NetworkCalls) -> int:
-    """Network calls for one sample; the first noise is the main process's."""
-    (batch,) = train.between(0, 1)
-    before = calls.count
-    batch.field(batch.field.noise, batch.field.process.max_timestep)
-    return calls.count - before
+def calls_per_evaluation(pipe: DiffusionPipeline, conditions: Sequence[Mapping], calls: NetworkCalls) -> float:
+    """Network calls of one evaluation of one sample, guidance included; the mean over guidance scales and sizes."""
+    variants, before = one_of_each(conditions), calls.count
+    for condition in variants:
+        PipelineField(pipe, condition, [0], calls).close()
+    return (calls.count - before) / len(variants)
 
 
 def _ends(train: Noises, solver: SearchedSolver) -> list[torch.Tensor]:

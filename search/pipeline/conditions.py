@@ -51,6 +51,11 @@ def variant_of(condition: Mapping[str, Any]) -> tuple:
     return tuple(condition.get(name) for name in ("guidance_scale", "height", "width", "num_frames"))
 
 
+def one_of_each(conditions: Sequence[Mapping]) -> list[Mapping]:
+    """A condition of every guidance scale and size, which cost differently."""
+    return list({variant_of(condition): condition for condition in conditions}.values())
+
+
 def read_media(name: str, value: Any) -> Any:
     """
     The image or the frames of a video in a file, if an argument is the path of one.

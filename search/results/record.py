@@ -45,7 +45,7 @@ class SearchRecord:
         teacher_steps (`int`): Of the teacher that was fitted to; `least_teacher_steps` were asked for.
         teacher_error (`float`): Its own, as a few noises show.
         teacher_network_calls (`int`): What it cost.
-        calls_per_evaluation (`int`): Network calls of one evaluation of one sample, guidance included.
+        calls_per_evaluation (`float`): Network calls of one evaluation of one sample, guidance included.
         hard_noises (`bool`): Whether a few noises are much harder than others.
         verdicts, improved: By number of steps, what judging came to, and whether the solver is better than what was
             known; if not, it is the best known table.
@@ -61,7 +61,7 @@ class SearchRecord:
     least_teacher_steps: int
     teacher_error: Number
     teacher_network_calls: int
-    calls_per_evaluation: int
+    calls_per_evaluation: float
     hard_noises: bool
     verdicts: dict[int, str]
     improved: dict[int, bool]
