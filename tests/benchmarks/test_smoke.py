@@ -9,6 +9,7 @@ import every_step_count
 import model_speed
 import pytest
 import search_cost
+import search_overhead
 import shipped
 import step_cost
 import torch
@@ -47,6 +48,13 @@ def test_the_speed_of_the_models_is_measured(monkeypatch, capsys):
         monkeypatch.setattr(model_speed, name, value)
     model_speed.main()
     assert "FlowDCN-B/2" in capsys.readouterr().out
+
+
+def test_what_a_search_takes_beside_its_network_is_measured(monkeypatch):
+    for name, value in {"LAYERS": 1, "WIDTH": 48, "SIZE": 8}.items():
+        monkeypatch.setattr(model_speed, name, value)
+    whole, network, calls = search_overhead.measure()
+    assert 0 < network < whole and calls > 100
 
 
 @pytest.mark.parametrize("name", ["digits-dit", "digits-sit"])
