@@ -28,12 +28,13 @@ from diffusers_searched_solver import (
     save_solver_file,
     time_grid,
 )
-from diffusers_searched_solver.check import REFERENCE_STEPS, count_steps
+from diffusers_searched_solver.check import FIRST_SEED, REFERENCE_STEPS, count_steps
 from diffusers_searched_solver.cli import main
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
 from diffusers_searched_solver.trial import UnsuitableCallError
 from search.pipeline.loading import load_pipeline
 from search.settings import parse_settings
+from search.teacher.splits import MOST_NOISES, SPLITS, split_seeds
 
 
 ROOT = Path(__file__).parent.parent
@@ -270,7 +271,7 @@ def test_distances_are_those_of_the_pipelines_own_latents(digits):
                     generator=torch.Generator().manual_seed(seed),
                     output_type="latent",
                 ).images
-                for seed, call in enumerate(calls)
+                for seed, call in enumerate(calls, FIRST_SEED)
             ]
         finally:
             digits.scheduler = own
@@ -283,6 +284,12 @@ def test_distances_are_those_of_the_pipelines_own_latents(digits):
     for distances, those in ((found[0].searched, searched), (found[0].own, mine)):
         expected = [(end - target).square().mean().sqrt().item() for end, target in zip(those, targets, strict=True)]
         np.testing.assert_array_equal(distances, expected)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_solver_is_measured_on_noises_that_its_search_did_not_see(seed):
+    fitted = {each for split in SPLITS for each in split_seeds(seed, split, MOST_NOISES)}
+    assert fitted.isdisjoint(range(FIRST_SEED, FIRST_SEED + 10**5))
 
 
 @pytest.mark.parametrize("name", ["dit", "flux", "wan"])

@@ -11,8 +11,10 @@ from .cache import TeacherCache
 from .noises import Noises
 
 
-# Where each split's seeds begin.
-TRAIN_SEEDS, JUDGING_SEEDS, TUNING_SEEDS, EVALUATION_SEEDS, CONFIRMING_SEEDS = (k * 10**6 for k in range(5))
+# Where each split's seeds begin. `check_solver` takes those from 9,000,000 on.
+SPLITS = TRAIN_SEEDS, JUDGING_SEEDS, TUNING_SEEDS, EVALUATION_SEEDS, CONFIRMING_SEEDS = tuple(
+    k * 10**6 for k in range(5)
+)
 MOST_NOISES = 4096
 
 
