@@ -305,7 +305,7 @@ class Session:
         report = replace(report, pictures=True)
         if PartialState().is_main_process:
             each = 1 if report.search is None else report.search.calls_per_evaluation
-            settings, update = self.settings, lambda evaluations: progress.update(each * evaluations)
+            settings, update = self.settings, lambda n: progress.update(round(each * n))
             of_drawing = settings.output_dir, settings.batch_size, update
             told, report = draw(self.pipe, self.conditions, solvers, report, *of_drawing)
             progress.write(told)
