@@ -125,9 +125,14 @@ class _Fit:
     def _judged(self, name: str, solver: SearchedSolver, family=None, vector=None) -> Contender:
         """A contender with its errors on the noises that judge."""
         batches = self.problem.judging.between(0, self.num_judges)
-        errors = torch.tensor(self.journal.remember(lambda: endpoint_errors(batches, solver).tolist()), device="cpu")
+        errors = self._remembered(batches, solver)
         weights = gathered_weights(self.problem.judging, 0, self.num_judges)
-        return Contender(name, solver, errors.double(), weights, family, vector)
+        return Contender(name, solver, errors, weights, family, vector)
+
+    def _remembered(self, batches: Sequence[Batch], solver: SearchedSolver) -> torch.Tensor:
+        """The error of every sample of all processes."""
+        errors = self.journal.remember(lambda: endpoint_errors(batches, solver).tolist())
+        return torch.tensor(errors, dtype=torch.float64, device="cpu")
 
     def _contest(self, each: Contender) -> Contest:
         return Contest.of(each.errors, self.known.errors, each.weights)
@@ -286,8 +291,7 @@ class _Fit:
         weights = gathered_weights(self.problem.confirming, 0, count)
 
         def confirmed(contender: Contender) -> Contender:
-            errors = self.journal.remember(lambda: endpoint_errors(batches, contender.solver).tolist())
-            return replace(contender, errors=torch.tensor(errors, dtype=torch.float64, device="cpu"), weights=weights)
+            return replace(contender, errors=self._remembered(batches, contender.solver), weights=weights)
 
         contenders = [] if best is self.known else self._on_the_way(best)
         self.num_judges, self.known = count, confirmed(self.known)

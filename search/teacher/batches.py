@@ -101,7 +101,10 @@ def in_parts(
     samples: Samples,
     index: tuple[int, ...] = (),
 ) -> Iterator[T]:
-    """What is made of the samples of a call, or of its halves where memory is too short for all."""
+    """
+    What is made of the samples of a call, or of its halves where memory is too short for all, now or at an earlier call
+    of as many.
+    """
     half = len(samples) // 2
     if len(samples) < _TOO_MANY.get(pipe, math.inf):
         try:

@@ -2,7 +2,7 @@
 How much longer a search takes than the network calls that it makes: `python tests/benchmarks/search_overhead.py`.
 
 The network is SiT-B/2 at 256 px (12 blocks, 768 wide) with random weights, in float32 on one thread of the CPU. Every
-call is timed while the search runs, so that other load falls on both alike. About ten minutes.
+call is timed while the search runs, so that other load falls on both alike. Some 25 minutes.
 """
 
 import time
