@@ -102,8 +102,8 @@ def in_parts(
     index: tuple[int, ...] = (),
 ) -> Iterator[T]:
     """
-    What is made of the samples of a call, or of its halves where memory is too short for all, now or at an earlier call
-    of as many.
+    What is made of the samples of a call, or of its halves where memory is too short for all, now or at an earlier
+    call of as many.
     """
     half = len(samples) // 2
     if len(samples) < _TOO_MANY.get(pipe, math.inf):
