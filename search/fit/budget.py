@@ -104,13 +104,12 @@ class Budget:
         columns = n * (n + 1) // 2
         if not times_only:
             columns += n * (n**2 - 1) // 6 + (columns if self.problem.offsets else 0)
-        judged = 0 if times_only else (1.5 if self.problem.heavy else 1) * self.judges
-        return int(noises * (columns + 2 * n) + judged * n) + LEAST_TRIALS * self.trial(noises, times_only)
+        judged = 0 if times_only else self.judges
+        return noises * (columns + 2 * n) + judged * n + LEAST_TRIALS * self.trial(noises)
 
-    def trial(self, noises: int, times_only: bool = False) -> int:
-        """A step that is tried: where steps are judged, half of the noises that judge do so."""
-        judged = self.judges // 2 if self.problem.heavy and not times_only else 0
-        return self.num_steps * (noises + judged)
+    def trial(self, noises: int) -> int:
+        """A step that is tried."""
+        return self.num_steps * noises
 
     def check(self, num_tables: int):
         """

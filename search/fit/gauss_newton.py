@@ -1,6 +1,6 @@
 """Damped Gauss-Newton on the end-point error, from forward evaluations alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,8 @@ from ..pipeline.rollout import Batch, Run, mean_squares, recorded_run, rollout, 
 from .parameters import Entry, SolverFamily
 
 
-# Of the first step that is tried. Where others judge, it begins with a cautious one: what few samples do not determine
-# is better left as it is.
-DAMPING, CAUTIOUS_DAMPING = 1e-2, 5e-2
-LEAST_DAMPING = 1e-8
+# Of the first step that is tried, and the least.
+DAMPING, LEAST_DAMPING = 1e-2, 1e-8
 # Steps tried on one Jacobian at most, and the gain under which a new one is worth more than another step.
 MAX_TRIALS = 8
 MIN_GAIN = 0.03
@@ -26,7 +24,6 @@ GOOD, POOR = 0.7, 0.25
 MAX_HALVINGS = 40
 # Columns of J smaller than this share of the largest are rounding.
 USABLE = 1e-9
-Judge = Callable[[SearchedSolver], float]
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,6 @@ def gauss_newton_iteration(
     train: Sequence[Batch],
     known: Sequence[torch.Tensor],
     times_only: bool = False,
-    judge: Judge | None = None,
     max_trials: int = MAX_TRIALS,
 ) -> Fitted:
     """
@@ -69,7 +65,6 @@ def gauss_newton_iteration(
             errors, so the outcome is the same on any number of processes.
         known: e_known of every sample of each batch.
         times_only (`bool`): Whether only the node times are searched.
-        judge (*optional*): The score of a solver on other samples, which has to fall with the loss at every step.
         max_trials (`int`): Steps that are tried at most.
 
     Returns:
@@ -83,34 +78,18 @@ def gauss_newton_iteration(
     """
     model = _LinearModel(family, vector, train, known, times_only)
     first_loss = model.loss
-    damping = DAMPING if judge is None else CAUTIOUS_DAMPING
     if first_loss == 0 or not len(model.parameters):
         return Fitted(vector, 1.0)
-    best = np.inf if judge is None else judge(model.solver)
-    reach = 1.0
+    damping, reach = DAMPING, 1.0
     for _ in range(max_trials):
-        step = model.damped_step(damping, reach)
-        judged = _judged(family, model.vector + step, judge)
-        gain = model.try_step(step) if judged < best else -np.inf
+        gain = model.try_step(model.damped_step(damping, reach))
         if gain > GOOD * model.promised:
             damping, reach = max(damping / 4, LEAST_DAMPING), min(2 * reach, 1.0)
         elif gain < POOR * model.promised:
             damping, reach = 4 * damping, reach / 2
-        if gain > 0 and judge is not None:
-            best = judged
         if 0 < gain < MIN_GAIN:
             break
     return Fitted(model.vector, model.loss / first_loss)
-
-
-def _judged(family: SolverFamily, vector: np.ndarray, judge: Judge | None) -> float:
-    """The score of a vector's solver; infinite if there is none, minus infinity if nobody judges."""
-    if judge is None:
-        return -np.inf
-    try:
-        return judge(family.solver(family.entries(vector)))
-    except ValueError:
-        return np.inf
 
 
 class _LinearModel:

@@ -60,8 +60,8 @@ def fit_solver(
        is the outcome.
 
     Where a few noises are much harder than others, all is on more noises, of which more are hard ones. Known tables
-    race on these, an iteration is on 32 to 64, its steps are judged too, and in the end fresh noises choose
-    between the outcome, solvers on the way to it and the best that was known.
+    race on these, an iteration is on 32 to 64, and in the end fresh noises choose between the outcome, solvers on the
+    way to it and the best that was known.
 
     Args:
         problem, num_steps: What to fit, and N.
@@ -140,22 +140,6 @@ class _Fit:
     def _rank(self, each: Contender) -> float:
         return self._contest(each).rank
 
-    def _judge_of_steps(self) -> Callable[[SearchedSolver], float] | None:
-        """
-        The rank of a solver on some of the noises that judge. Where a few noises are much harder than others, a step
-        that is good for those that are fitted may be very bad for others.
-        """
-        if not self.problem.heavy:
-            return None
-        some = portion_end(self.num_judges // 2)
-        batches, weights = self.problem.judging.between(0, some), gathered_weights(self.problem.judging, 0, some)
-
-        def rank(solver: SearchedSolver) -> float:
-            errors = endpoint_errors(batches, solver)
-            return Contest.of(errors, self.known.errors[: len(errors)], weights).rank
-
-        return rank
-
     def _found(self, best: Contender, stage: str, lenient: bool = False) -> Outcome:
         calls = self.problem.charged + self.journal.spent - self.start
         ratios = {"ratio": self._contest(best).ratio, "geometric mean": self._contest(best).geometric_mean}
@@ -172,14 +156,13 @@ class _Fit:
     def _iterated(self, contender: Contender, start: int, stop: int, times_only: bool) -> tuple[Contender, float]:
         """A contender after one iteration on some noises, and the share of the loss that is left on them."""
         batches, weights = self.problem.train.between(start, stop), self.problem.train.weights(start, stop)
-        judge = None if times_only else self._judge_of_steps()
         noises = stop - start
         spare = max(0, self.left - self.budget.iteration(noises)) // self.budget.trial(noises)
         trials = TIMES_TRIALS if times_only else int(min(LEAST_TRIALS + spare, MAX_TRIALS))
 
         def compute() -> dict:
             known = self._known_errors(batches, weights)
-            settings = contender.family, contender.vector, batches, known, times_only, judge, trials
+            settings = contender.family, contender.vector, batches, known, times_only, trials
             try:
                 fitted = gauss_newton_iteration(*settings)
             except ValueError as error:
