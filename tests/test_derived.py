@@ -20,7 +20,11 @@ from diffusers_searched_solver import (
     time_grid,
 )
 from diffusers_searched_solver.derived import derived_table
-from diffusers_searched_solver.exponential import exponential_adams_bashforth, few_step_table
+from diffusers_searched_solver.exponential import (
+    exponential_adams_bashforth,
+    exponential_predictor_corrector,
+    few_step_table,
+)
 from diffusers_searched_solver.grids import geometric_grid
 from search.known.baselines import diffusers_schedulers
 from search.known.race import table_errors
@@ -104,6 +108,30 @@ def test_the_exponential_table_integrates_what_it_promises_exactly():
         if i >= 2:
             moved = float(after / alphas[i + 1] - x / alphas[i])
             assert moved == pytest.approx(integral(levels[i + 1]) - integral(levels[i]), rel=1e-9)
+        x = after
+
+
+def test_the_table_with_a_corrector_integrates_what_it_promises_exactly():
+    """Data that is quadratic in log(alpha / sigma), once the first steps of lower order are mended no more."""
+    timesteps, alphas, sigmas = geometric_grid(VP, 16)
+    table = exponential_predictor_corrector(timesteps, alphas, sigmas, 3)
+
+    def data(ratio):
+        return 1 + 0.3 * np.log(ratio) - 0.2 * np.log(ratio) ** 2
+
+    def integral(ratio):
+        """Of the data over the ratio."""
+        log = np.log(ratio)
+        return ratio * (1 + 0.3 * (log - 1) - 0.2 * (log**2 - 2 * log + 2))
+
+    ratios, x, history = alphas[:-1] / sigmas[:-1], torch.randn((), dtype=torch.float64), []
+    for i in range(15):
+        # The velocity with which x = alpha * data + sigma * noise has that data.
+        history.append((x - (alphas[i] + sigmas[i]) * data(ratios[i])) / sigmas[i])
+        after = table.step(x, history, i)
+        if i >= 3:
+            moved = float(after / sigmas[i + 1] - x / sigmas[i])
+            assert moved == pytest.approx(integral(ratios[i + 1]) - integral(ratios[i]), rel=1e-9)
         x = after
 
 
