@@ -50,8 +50,10 @@ def log_snr_grid(process: VariancePreserving, num_steps: int) -> tuple[np.ndarra
 
 def geometric_grid(process: VariancePreserving, num_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Nodes uniform in log(sigma / alpha), but for the last, which is the data. They begin at N^2, with less than ten steps
-    at the lesser of 2 N^2 and 100, and end at 3 / N^2, or as far as the process reaches.
+    Nodes uniform in log(sigma / alpha), but for the last, which is the data.
+
+    They begin at N^2, with less than ten steps at the lesser of 2 N^2 and 100, and end at 3 / N^2, or as far as the
+    process reaches.
 
     Few steps are lost on what is nearly noise or nearly data; searched solvers of 5, 8 and 10 steps spread so too. But
     who begins late misses the mean of the data, which is far from zero where images are mostly dark.
