@@ -8,7 +8,7 @@ from .solver import SearchedSolver
 
 
 ORDER = 3
-# From so many steps on, a corrector pays; with fewer it is unstable.
+# From so many steps on a corrector pays, where a few noises are hard most; with fewer it is unstable under guidance.
 CORRECTED_STEPS = 16
 # Integrands are polynomials times an exponential; on steps of a few units of log noise level this is exact to 1e-12.
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(16)
