@@ -111,28 +111,32 @@ def test_the_exponential_table_integrates_what_it_promises_exactly():
         x = after
 
 
-def test_the_table_with_a_corrector_integrates_what_it_promises_exactly():
-    """Data that is quadratic in log(alpha / sigma), once the first steps of lower order are mended no more."""
+@pytest.mark.parametrize("bend", [0.0, 0.2], ids=["linear", "quadratic"])
+def test_the_table_with_a_corrector_integrates_what_it_promises_exactly(bend):
+    """
+    Data that is quadratic in log(alpha / sigma), in all steps that have three predictions; linear data from the start,
+    although the first step has only one: the second prediction mends it.
+    """
     timesteps, alphas, sigmas = geometric_grid(VP, 16)
     table = exponential_predictor_corrector(timesteps, alphas, sigmas, 3)
 
     def data(ratio):
-        return 1 + 0.3 * np.log(ratio) - 0.2 * np.log(ratio) ** 2
+        return 1 + 0.3 * np.log(ratio) - bend * np.log(ratio) ** 2
 
     def integral(ratio):
         """Of the data over the ratio."""
         log = np.log(ratio)
-        return ratio * (1 + 0.3 * (log - 1) - 0.2 * (log**2 - 2 * log + 2))
+        return ratio * (1 + 0.3 * (log - 1) - bend * (log**2 - 2 * log + 2))
 
-    ratios, x, history = alphas[:-1] / sigmas[:-1], torch.randn((), dtype=torch.float64), []
+    ratios, states, history = alphas[:-1] / sigmas[:-1], [torch.randn((), dtype=torch.float64)], []
     for i in range(15):
         # The velocity with which x = alpha * data + sigma * noise has that data.
-        history.append((x - (alphas[i] + sigmas[i]) * data(ratios[i])) / sigmas[i])
-        after = table.step(x, history, i)
-        if i >= 3:
-            moved = float(after / sigmas[i + 1] - x / sigmas[i])
-            assert moved == pytest.approx(integral(ratios[i + 1]) - integral(ratios[i]), rel=1e-9)
-        x = after
+        history.append((states[i] - (alphas[i] + sigmas[i]) * data(ratios[i])) / sigmas[i])
+        states.append(table.step(states[i], history, i))
+        since = i if bend else 0
+        if i >= (3 if bend else 1):
+            moved = float(states[i + 1] / sigmas[i + 1] - states[since] / sigmas[since])
+            assert moved == pytest.approx(integral(ratios[i + 1]) - integral(ratios[since]), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", list_bundled_solvers())
