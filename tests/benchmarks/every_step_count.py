@@ -6,10 +6,13 @@ Step counts that were not searched: errors of derived tables and of what runs wi
 The solver files are those of 5, 8 and 10 steps in `examples/results`; 32 noises that no search has, guidance 2, root
 mean square distance to the end of a teacher of 128 steps. "At defaults" are DDIM or Euler, DPM-Solver++(2M), UniPC 2
 and DEIS 2 with plain spacing, "at best" all settings of `search.known.baselines`; each column is the best of them on
-these very noises. Five minutes a pipeline on one core. Nothing is written but what is printed.
+these very noises. A name that is no folder of `examples` is a network of strangers, as in `foreign.py`; it has no
+solver file, so the first column is the second. Five minutes a pipeline on one core. Nothing is written but what is
+printed.
 """
 
 import argparse
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +35,20 @@ PLAIN = {"shift 1", "linspace", "leading", "trailing"}
 
 
 def print_rows(name: str):
-    pipe = load_pipeline(str(EXAMPLES / name), torch.float32, torch.device("cpu"))
+    if (EXAMPLES / name).is_dir():
+        pipe = load_pipeline(str(EXAMPLES / name), torch.float32, torch.device("cpu"))
+        conditions = [{"class_labels": [k], "guidance_scale": 2.0} for k in range(10)]
+        file = load_solver_file(EXAMPLES / "results" / name / "solver" / "searched_solver.safetensors")
+    else:
+        pipe, conditions, file = importlib.import_module("galaxies").pipeline(name), [{}], None
     calls, seeds = NetworkCalls(pipe), list(range(FIRST_SEED, FIRST_SEED + NOISES))
-    conditions = [{"class_labels": [k], "guidance_scale": 2.0} for k in range(10)]
     batches = make_batches(pipe, conditions, seeds, NOISES, TEACHER_STEPS, calls)
-    file = load_solver_file(EXAMPLES / "results" / name / "solver" / "searched_solver.safetensors")
     classical = SearchedSolverScheduler.from_config(pipe.scheduler.config)
     for num_steps in STEP_COUNTS:
         classical.set_timesteps(num_steps)
         known = [table for table in known_tables(pipe.scheduler.config, num_steps) if table.from_diffusers]
-        ours = [searched_table(file, num_steps, strict=False), classical._run.solver]
+        without = classical._run.solver
+        ours = [without if file is None else searched_table(file, num_steps, strict=False), without]
         errors = table_errors(batches, [*ours, *(table.solver for table in known)])
         errors = np.nan_to_num(errors.square().mean(1).sqrt().numpy(), nan=np.inf)
         plain = [table.setting in PLAIN and "3" not in table.family for table in known]
