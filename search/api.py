@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, SolverFile
 
-from .launch.progress import DRAWING, IMAGES, MEASURING
+from .launch.progress import DRAWING, IMAGES, MEASURING, Progress
 from .measure.image_metrics import load_feature_network
 from .results.record import Report
 from .session import Session, heading
@@ -50,10 +50,10 @@ def measure(
     file = SearchedSolverScheduler.from_config(pipe.scheduler.config, solver=given).solver_file
     conditions = admit(pipe, conditions, file.step_counts)
     network = load_feature_network(pipe, conditions[0], settings.of_images)
-    session = Session(pipe, conditions, settings, "search.measure(...)", network, lambda *_: None)
     report = heading(pipe, conditions, settings)
-    stages = {MEASURING: 0, IMAGES: 0, DRAWING: 0}
-    try:
-        return session.evaluate(report, dict(file.solvers), dict(file.provenance), None, stages)
-    finally:
-        session.calls.remove()
+    with Progress({MEASURING: 0, IMAGES: 0, DRAWING: 0}, lambda *_: None) as progress:
+        session = Session(pipe, conditions, settings, "search.measure(...)", network, progress)
+        try:
+            return session.evaluate(report, dict(file.solvers), dict(file.provenance), None)
+        finally:
+            session.calls.remove()

@@ -1,7 +1,7 @@
 """What a folder already has: an earlier search that is added to, gone on with, measured again, or not overwritten."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
@@ -11,26 +11,12 @@ from diffusers_searched_solver.serialization import SOLVER_FILE
 
 from .known.baselines import KnownTable, known_tables
 from .launch.processes import agree
-from .results.record import Report
+from .results.record import Earlier, Report
 from .settings import Settings
 
 
 # What all solvers of a folder share.
 SHARED = ("pipeline", "pipeline_class", "guidance_scale", "conditions", "example", "dtype", "seed")
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """
-    What a search finds in its folder.
-
-    Args:
-        report (*optional*): Of an earlier search with the same settings.
-        solvers: Its solvers by number of steps.
-    """
-
-    report: Report | None = None
-    solvers: dict[int, SearchedSolver] = field(default_factory=dict)
 
 
 def earlier_search(pipe: DiffusionPipeline, settings: Settings, report: Report) -> tuple[Earlier, Settings]:

@@ -23,9 +23,8 @@ from .pipeline.readying import device_of
 from .results.images import drawing_evaluations
 from .results.output import GRID_SAMPLES
 from .settings import Settings
-from .teacher.batches import make_batches
+from .teacher.batches import Teacher
 from .teacher.memory import peak_memory
-from .teacher.splits import split_seeds
 
 
 TIMED_STEPS = 16
@@ -39,10 +38,11 @@ def expected_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], setti
     calls = NetworkCalls(pipe)
     per_sample = calls_per_evaluation(pipe, conditions, calls)
     calls.remove()
-    config, steps = pipe.scheduler.config, settings.num_steps
+    config = pipe.scheduler.config
     expected = {} if settings.evaluate_only else _search_calls(config, conditions, settings, per_sample)
     full = settings.measure == "full"
     measuring_steps = (FINER if full else 1) * settings.teacher_steps
+    steps = settings.num_steps
     solvers = 2 + len(diffusers_schedulers(config))
     later = {MEASURING: 0, IMAGES: 0, DRAWING: 0}
     if settings.measure != "none":
@@ -54,20 +54,24 @@ def expected_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], setti
 
 
 def estimate(
-    pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Settings, network: FeatureNetwork | None = None
+    pipe: DiffusionPipeline,
+    conditions: Sequence[Mapping],
+    settings: Settings,
+    expected: Mapping[str, int],
+    network: FeatureNetwork | None = None,
 ) -> str:
     """
     Network calls, minutes and memory of a whole run, from a few timed calls of the pipeline.
 
     Args:
         settings: Of the run.
+        expected: As `expected_calls` has them.
         network (*optional*): What images are compared by.
 
     Returns:
         `str`: Lines for the terminal.
     """
     timed = _time_calls(pipe, conditions, settings.batch_size)
-    expected = expected_calls(pipe, conditions, settings)
     seconds = {stage: n * timed.seconds for stage, n in expected.items()}
     if network is not None:
         each = seconds_per_image(pipe, conditions[0], settings.batch_size, network)
@@ -120,8 +124,8 @@ def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], batch_si
 
     calls.on_call = skip_opening
     variants = one_of_each(conditions)
-    seeds = split_seeds(0, 0, batch_size * len(variants))
-    batches = make_batches(pipe, variants, seeds, batch_size, TIMED_STEPS, calls)
+    seeds = range(batch_size * len(variants))
+    batches = Teacher(pipe, TIMED_STEPS, batch_size, calls).batches(variants, seeds)
     if device_of(pipe).type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started

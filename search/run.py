@@ -18,6 +18,7 @@ from search.estimate import estimate, expected_calls
 from search.fit.find import check_settings
 from search.launch.heartbeat import peers_watched
 from search.launch.processes import LostProcessError
+from search.launch.progress import DRAWING, Progress
 from search.measure.image_metrics import load_feature_network
 from search.pipeline.conditions import sampled_conditions
 from search.pipeline.field import FieldError
@@ -70,16 +71,19 @@ def _run(pipe: DiffusionPipeline, settings: Settings, command: str, track: Calla
         check_settings(settings.num_steps, conditions, settings.teacher_steps, settings.batch_size)
         conditions = admit(pipe, conditions, settings.num_steps)
     network = load_feature_network(pipe, conditions[0], settings.of_images)
+    expected = expected_calls(pipe, conditions, settings) if settings.num_steps else {DRAWING: 0}
     if settings.dry_run:
-        print(estimate(pipe, conditions, settings, network))
+        finished = f"The search in '{settings.output_dir}' is finished: there is nothing to go on with."
+        print(estimate(pipe, conditions, settings, expected, network) if settings.num_steps else finished)
         return
-    session = Session(pipe, conditions, settings, command, network, track)
-    if settings.evaluate_only:
-        session.evaluate(report, solvers, provenance, tuned, expected_calls(pipe, conditions, settings))
-    elif settings.num_steps:
-        session.search(report, earlier, expected_calls(pipe, conditions, settings))
-    else:
-        session.finish(earlier)
+    with Progress(expected, track) as progress:
+        session = Session(pipe, conditions, settings, command, network, progress)
+        if settings.evaluate_only:
+            session.evaluate(report, solvers, provenance, tuned)
+        elif settings.num_steps:
+            session.search(report, earlier)
+        else:
+            session.finish(earlier)
     session.calls.remove()
 
 

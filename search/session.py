@@ -1,7 +1,7 @@
 """A search from a prepared pipeline to its files: what the command line and Python callers share."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 
@@ -11,7 +11,6 @@ from pydantic import TypeAdapter
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler
 
-from .earlier import Earlier
 from .fit.budget import default_calls
 from .fit.find import given_solvers
 from .fit.outcome import Outcome
@@ -32,8 +31,9 @@ from .pipeline.field import PipelineField
 from .pipeline.loading import hub_repository
 from .pipeline.readying import device_of
 from .results.output import draw, how_to_use, write_results, write_solvers
-from .results.record import Cost, Report, SearchRecord
+from .results.record import Cost, Earlier, Report, SearchRecord
 from .settings import Settings
+from .teacher.batches import Teacher
 from .teacher.cache import TeacherCache, content_key
 from .teacher.memory import inference_memory, peak_memory
 from .teacher.splits import TRAIN_SEEDS, split_seeds
@@ -80,7 +80,7 @@ class Session:
         settings: Of everything.
         command (`str`): Which the report names.
         network (*optional*): What images are compared by.
-        track: Is told numbers by name and how many came before, as `Accelerator.log`.
+        progress: Is told of all of it.
     """
 
     def __init__(
@@ -90,14 +90,17 @@ class Session:
         settings: Settings,
         command: str,
         network: FeatureNetwork | None,
-        track: Callable[[dict[str, float], int], object],
+        progress: Progress,
     ):
-        self.pipe, self.conditions, self.settings, self.command = pipe, conditions, settings, command
-        self.network, self._track = network, track
-        self.cache, self.calls = TeacherCache(settings.cache_dir), NetworkCalls(pipe)
+        self.pipe, self.conditions, self.network = pipe, conditions, network
+        self.command, self.progress = command, progress
+        self.calls = NetworkCalls(pipe, progress.update)
+        self.settings = settings
+        cache = TeacherCache(settings.cache_dir)
+        self.teacher = Teacher(pipe, settings.teacher_steps, settings.batch_size, self.calls, cache)
         self._journal = settings.output_dir / "journal.jsonl"
 
-    def search(self, report: Report, earlier: Earlier, expected: Mapping[str, int]) -> Report:
+    def search(self, report: Report, earlier: Earlier) -> Report:
         """Search the step counts that are still missing, measure, write, draw."""
         settings = self.settings
         given = given_solvers(
@@ -106,21 +109,19 @@ class Session:
         of_journal = {name: getattr(settings, name) for name in OF_JOURNAL}
         of_journal |= {name: version(name) for name in PACKAGES}
         journal = Journal(self.calls, self._journal, of_journal, settings.resume)
-        with Progress(expected, self._track) as progress:
-            self.calls.on_call = progress.update
-            if journal.num_resumed:
-                progress.write(f"{journal.num_resumed} pieces of work are taken over from the run before.")
-            outcomes, record = self._searched(earlier, given, journal, progress)
-            report = replace(report, search=record)
-            solvers = {n: outcome.solver for n, outcome in outcomes.items()}
-            if settings.measure != "none":
-                tuned = {n: outcome.tuned for n, outcome in outcomes.items()}
-                report = replace(report, evaluation=self._measured(report, solvers, tuned, journal, progress))
-            if earlier.report is not None:
-                report, solvers = report.joined(earlier.report), dict(sorted({**earlier.solvers, **solvers}.items()))
-            self._write(report, solvers, report.provenance, progress)
-            journal.delete()
-            return self._drawn(report, solvers, progress)
+        if journal.num_resumed:
+            self.progress.write(f"{journal.num_resumed} pieces of work are taken over from the run before.")
+        outcomes, record = self._searched(earlier, given, journal)
+        report = replace(report, search=record)
+        solvers = {n: outcome.solver for n, outcome in outcomes.items()}
+        if settings.measure != "none":
+            tuned = {n: outcome.tuned for n, outcome in outcomes.items()}
+            report = replace(report, evaluation=self._measured(report, solvers, tuned, journal))
+        if earlier.report is not None:
+            report, solvers = report.joined(earlier.report), dict(sorted({**earlier.solvers, **solvers}.items()))
+        self._write(report, solvers, report.provenance)
+        journal.delete()
+        return self._drawn(report, solvers)
 
     def evaluate(
         self,
@@ -128,7 +129,6 @@ class Session:
         solvers: Mapping[int, SearchedSolver],
         provenance: Mapping[str, str] | None,
         tuned: Mapping[int, Sequence[KnownTable]] | None,
-        expected: Mapping[str, int],
     ) -> Report:
         """
         Measure solvers without searching.
@@ -138,11 +138,9 @@ class Session:
             provenance (*optional*): Where they come from otherwise.
             tuned (*optional*): The best known tables as that search has found them.
         """
-        with Progress(expected, self._track) as progress:
-            self.calls.on_call = progress.update
-            report = replace(report, evaluation=self._measured(report, solvers, tuned, Journal(self.calls), progress))
-            self._write(report, solvers, report.provenance if provenance is None else provenance, progress)
-            return self._drawn(report, solvers, progress)
+        report = replace(report, evaluation=self._measured(report, solvers, tuned, Journal(self.calls)))
+        self._write(report, solvers, report.provenance if provenance is None else provenance)
+        return self._drawn(report, solvers)
 
     def finish(self, earlier: Earlier) -> Report:
         """Draw what a finished search has not drawn, and say if there is nothing to do."""
@@ -150,39 +148,36 @@ class Session:
             # Of a search that was killed just before it would have deleted it.
             self._journal.unlink(missing_ok=True)
         if earlier.report.pictures or earlier.report.evaluation is None:
-            if PartialState().is_main_process:
-                print(f"The search in '{self.settings.output_dir}' is finished: there is nothing to go on with.")
+            place = self.settings.output_dir
+            self.progress.write(f"The search in '{place}' is finished: there is nothing to go on with.")
             return earlier.report
-        with Progress({DRAWING: 0}, self._track) as progress:
-            self.calls.on_call = progress.update
-            return self._drawn(earlier.report, earlier.solvers, progress)
+        return self._drawn(earlier.report, earlier.solvers)
 
     def _searched(
-        self, earlier: Earlier, given: Mapping[int, SearchedSolver], journal: Journal, progress: Progress
+        self, earlier: Earlier, given: Mapping[int, SearchedSolver], journal: Journal
     ) -> tuple[dict[int, Outcome], SearchRecord]:
         """The outcomes by number of steps; in the folder are ever better solvers meanwhile."""
         settings, outcomes, costs = self.settings, {}, {}
         memory = inference_memory(self.pipe, self.conditions[0], settings.batch_size)
-        progress.begin(TEACHER)
+        self.progress.begin(TEACHER)
         if settings.fitter == "gradient":
             journal.check(self._fingerprint())
         started = time.perf_counter()
-        of_problem = settings.seed, settings.teacher_steps, settings.batch_size, self.calls, self.cache
-        problem = search_problem(self.pipe, self.conditions, settings.num_steps, *of_problem)
+        problem = search_problem(self.teacher, self.conditions, settings.num_steps, settings.seed)
         if settings.fitter == "gauss-newton":
             journal.check(problem.fingerprint())
         seconds = time.perf_counter() - started
         for num_steps in settings.num_steps:
-            progress.begin(f"{num_steps} steps")
+            self.progress.begin(f"{num_steps} steps")
             before, started, own = journal.spent, time.perf_counter(), problem.anew()
             known = {**earlier.solvers, **{n: outcome.solver for n, outcome in outcomes.items()}, **given}
-            for outcome in self._steps(own, num_steps, known, journal, progress):
+            for outcome in self._steps(own, num_steps, known, journal):
                 new = num_steps not in outcomes or outcome.solver is not outcomes[num_steps].solver
                 outcomes[num_steps] = outcome
                 if new and PartialState().is_main_process:
                     solvers = {**earlier.solvers, **{n: each.solver for n, each in outcomes.items()}}
                     write_solvers(self.pipe, solvers, settings.output_dir, {"base_model": settings.pipeline})
-            progress.write(outcomes[num_steps].verdict)
+            self.progress.write(outcomes[num_steps].verdict)
             costs[num_steps] = Cost(
                 own.charged + journal.spent - before, round(time.perf_counter() - started + seconds, 2)
             )
@@ -214,29 +209,26 @@ class Session:
         num_steps: int,
         known: Mapping[int, SearchedSolver],
         journal: Journal,
-        progress: Progress,
     ) -> Iterator[Outcome]:
         """Ever better outcomes for one step count, by either fitter."""
         if self.settings.fitter == "gauss-newton":
             limit = self.settings.max_calls
             budget = default_calls(problem, num_steps) if limit is None else limit
-            return fit_solver(problem, num_steps, budget, journal, progress.found, known)
-        return self._by_gradient(problem, num_steps, journal, progress)
+            return fit_solver(problem, num_steps, budget, journal, self.progress.found, known)
+        return self._by_gradient(problem, num_steps, journal)
 
-    def _by_gradient(
-        self, problem: Problem, num_steps: int, journal: Journal, progress: Progress
-    ) -> Iterator[Outcome]:
+    def _by_gradient(self, problem: Problem, num_steps: int, journal: Journal) -> Iterator[Outcome]:
         settings = self.settings
         first_seed = split_seeds(settings.seed, TRAIN_SEEDS, 1)[0]
         network = DifferentiableNetwork(self.pipe, self.conditions, settings.batch_size, self.calls, first_seed)
         recipe = Recipe(num_samples=settings.num_samples, teacher_steps=settings.teacher_steps)
-        updates = fit_by_gradient([network], num_steps, recipe, journal.remember)
+        updates = fit_by_gradient(network, num_steps, recipe, journal.remember)
         before = journal.spent
         for update, iteration in enumerate(updates, 1):
             if update % UPDATES_PER_LINE == 0:
                 numbers = {"loss": iteration.loss, "network calls": journal.spent - before}
-                progress.found(Finding(num_steps, f"{iteration.num_samples:,} noises", numbers))
-        yield judge_solver(problem, in_one_kind(iteration.solver), journal, progress.found)
+                self.progress.found(Finding(num_steps, f"{iteration.num_samples:,} noises", numbers))
+        yield judge_solver(problem, in_one_kind(iteration.solver), journal, self.progress.found)
 
     def _fingerprint(self) -> str:
         """What the network makes of the first noise."""
@@ -246,37 +238,27 @@ class Session:
         field.close()
         return fingerprint
 
-    def _measured(self, report: Report, solvers, tuned, journal: Journal, progress: Progress) -> Evaluation:
+    def _measured(self, report: Report, solvers, tuned, journal: Journal) -> Evaluation:
         settings, search = self.settings, report.search
         budget = float("inf")
         if search is not None:
             budget = MEASURING_SHARE * search.network_calls / search.calls_per_evaluation
-        progress.begin(MEASURING)
-        measurement = Measurement(
-            self.pipe,
-            self.conditions,
-            settings.teacher_steps if search is None else search.teacher_steps,
-            settings.measure == "full",
-            settings.num_eval_samples,
-            budget,
-            settings.seed,
-            settings.batch_size,
-            self.cache,
-            journal,
-            progress,
-        )
+        self.progress.begin(MEASURING)
+        teacher = self.teacher if search is None else replace(self.teacher, steps=search.teacher_steps)
+        how = settings.measure == "full", settings.num_eval_samples, budget
+        measurement = Measurement(teacher, self.conditions, settings.seed, *how, journal, self.progress)
         tuned = measurement.tune(list(solvers)) if tuned is None else tuned
         error = None if search is None else search.teacher_error
         evaluation = measurement.evaluate(solvers, tuned, error, self.command)
         if self.network is not None:
-            progress.begin(IMAGES)
+            self.progress.begin(IMAGES)
             images = TypeAdapter(ImageMetrics).validate_python(
                 journal.remember(lambda: agree(self._images(solvers, tuned, evaluation)))
             )
             evaluation = replace(evaluation, image_metrics=images)
             for n, rows in images.results.items():
-                progress.write(f"\n{n} steps, {images.num_samples} images\n{format_metrics(rows)}")
-        progress.track(final_numbers(evaluation))
+                self.progress.write(f"\n{n} steps, {images.num_samples} images\n{format_metrics(rows)}")
+        self.progress.track(final_numbers(evaluation))
         return evaluation
 
     def _images(self, solvers, tuned, evaluation: Evaluation) -> dict | None:
@@ -286,27 +268,28 @@ class Session:
             | {each.family: each.solver for each in tuned[n] if (each.family, each.setting) in best[n]}
             for n, solver in solvers.items()
         }
-        steps, settings = evaluation.teacher_steps, self.settings.of_images
-        found = measure_images(self.pipe, self.conditions, samplers, self.network, steps, settings, self.calls)
+        # Ends of so many are not kept.
+        teacher = Teacher(self.pipe, evaluation.teacher_steps, self.settings.batch_size, self.calls)
+        found = measure_images(teacher, self.conditions, samplers, self.network, self.settings.of_images)
         return None if found is None else asdict(found)
 
-    def _write(self, report: Report, solvers, provenance: Mapping[str, str], progress: Progress):
+    def _write(self, report: Report, solvers, provenance: Mapping[str, str]):
         if PartialState().is_main_process:
             write_results(self.pipe, solvers, report, self.settings.output_dir, provenance)
             for verdict in report.verdicts.values() if report.evaluation is not None else ():
-                progress.write(str(verdict))
-            progress.write(how_to_use(self.settings.output_dir))
+                self.progress.write(str(verdict))
+            self.progress.write(how_to_use(self.settings.output_dir))
 
-    def _drawn(self, report: Report, solvers, progress: Progress) -> Report:
+    def _drawn(self, report: Report, solvers) -> Report:
         """The report with pictures, which the main process draws."""
         if report.evaluation is None:
             return report
-        progress.begin(DRAWING)
+        self.progress.begin(DRAWING)
         report = replace(report, pictures=True)
         if PartialState().is_main_process:
             each = 1 if report.search is None else report.search.calls_per_evaluation
-            settings, update = self.settings, lambda n: progress.update(round(each * n))
+            settings, update = self.settings, lambda n: self.progress.update(round(each * n))
             of_drawing = settings.output_dir, settings.batch_size, update
             told, report = draw(self.pipe, self.conditions, solvers, report, *of_drawing)
-            progress.write(told)
+            self.progress.write(told)
         return report

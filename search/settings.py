@@ -257,8 +257,8 @@ class Settings:
     @property
     def of_images(self) -> ImageSettings:
         """How images are measured."""
-        reference, folder = self.reference_images, self.output_dir
-        return ImageSettings(self.image_metrics, self.feature_network, reference, self.batch_size, self.seed, folder)
+        network, reference = self.feature_network, self.reference_images
+        return ImageSettings(self.image_metrics, network, reference, self.seed, self.output_dir)
 
 
 def parse_settings(arguments: Sequence[str] | None = None) -> Settings:

@@ -50,7 +50,7 @@ from search.launch.network_calls import NetworkCalls
 from search.pipeline.field import Alone, FieldError
 from search.pipeline.rollout import rollout
 from search.teacher.admission import admit
-from search.teacher.batches import make_batches
+from search.teacher.batches import Teacher
 
 
 RIGHT, REFUSED, WRONG, CRASHED, NOT_TRIED = "right", "refused", "wrong", "crashed", "not tried"
@@ -111,7 +111,7 @@ def _compare(pipe, inputs: Mapping) -> tuple[str, str]:
     argument = try_call(pipe, inputs, NUM_STEPS).schedule_argument
     calls = NetworkCalls(pipe)
     said: dict[int, list[torch.Tensor]] = {}
-    for batch in make_batches(pipe, conditions, SEEDS, len(SEEDS), TEACHER_STEPS, calls):
+    for batch in Teacher(pipe, TEACHER_STEPS, len(SEEDS), calls).batches(conditions, SEEDS):
         ends = [rollout(batch.field, solver) for solver in solvers]
         for k, seed in enumerate(batch.field.seeds):
             said[seed] = [end[k :: len(batch.field.seeds)] for end in ends]

@@ -29,7 +29,7 @@ from diffusers_searched_solver.grids import geometric_grid
 from search.known.baselines import diffusers_schedulers
 from search.known.race import table_errors
 from search.launch.network_calls import NetworkCalls
-from search.teacher.batches import make_batches
+from search.teacher.batches import Teacher
 
 
 FLOW, VP = FlowMatching(), VariancePreserving()
@@ -174,7 +174,7 @@ def digits(request, one_thread):
     """A pipeline's name and config, and noises with their ends."""
     pipe = load(request.param)
     calls = NetworkCalls(pipe)
-    batches = make_batches(pipe, CONDITIONS, list(range(10**9, 10**9 + 16)), 16, 96, calls)
+    batches = Teacher(pipe, 96, 16, calls).batches(CONDITIONS, list(range(10**9, 10**9 + 16)))
     yield request.param, pipe.scheduler.config, batches
     calls.remove()
     for batch in batches:

@@ -1,20 +1,21 @@
 """What a search is said to cost beforehand, beside what it then costs."""
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from diffusers_searched_solver.calls import build_conditions
-from search.estimate import estimate
+from search.estimate import expected_calls
 from search.fit.budget import default_calls
 from search.fit.problem import search_problem
 from search.fit.strategy import fit_solver
 from search.launch.journal import Journal
+from search.launch.progress import TEACHER
 from search.pipeline.field import NetworkCalls
 from search.pipeline.loading import load_pipeline
 from search.settings import Settings
+from search.teacher.batches import Teacher
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -26,13 +27,10 @@ def test_a_search_costs_as_many_network_calls_as_was_said_within_a_fifth(name, n
     args = Settings(str(EXAMPLES / name), tmp_path, num_steps=(num_steps,))
     pipe = load_pipeline(args.pipeline, torch.float32, torch.device("cpu"))
     conditions = build_conditions(pipe, None, None, 2.0, {})
-    lines = estimate(pipe, conditions, args)
-    teacher, said = (
-        int(re.search(pattern, lines)[1].replace(",", ""))
-        for pattern in (r"teacher: ([\d,]+) network calls", rf"{num_steps} steps: ([\d,]+) network calls")
-    )
+    expected = expected_calls(pipe, conditions, args)
+    teacher, said = expected[TEACHER], expected[f"{num_steps} steps"]
     calls = NetworkCalls(pipe)
-    problem = search_problem(pipe, conditions, args.num_steps, 0, args.teacher_steps, args.batch_size, calls)
+    problem = search_problem(Teacher(pipe, args.teacher_steps, args.batch_size, calls), conditions, args.num_steps, 0)
     # Opening a pipeline's call costs an evaluation more.
     assert problem.calls == pytest.approx(teacher, rel=0.2)
     journal = Journal(calls)

@@ -15,10 +15,10 @@ from tiny_pipelines import build
 from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePreserving, time_grid
 from search.gradient.consistent_family import ConsistentFamily
 from search.gradient.differentiable_network import DifferentiableNetwork
-from search.gradient.recipe import Recipe, fit_by_gradient, loss_and_gradient, recipe_teacher, trajectory_loss
+from search.gradient.recipe import Recipe, fit_by_gradient, loss_and_gradient, recipe_teacher
 from search.pipeline.field import FieldError, NetworkCalls
 from search.pipeline.rollout import endpoint_errors
-from search.teacher.batches import make_batches
+from search.teacher.batches import Teacher
 
 
 ROOT = Path(__file__).parent.parent
@@ -152,7 +152,7 @@ def test_loss_and_gradient_are_those_of_the_recipe(process, num_steps):
     family = ConsistentFamily(process, num_steps)
     vector = some_vector(family)
     paper = PaperLoss(process, num_steps, range(4))
-    loss, *gradient = loss_and_gradient([ClosedFormNetwork(process)], family, vector, range(4), TEACHER_STEPS)
+    loss, *gradient = loss_and_gradient(ClosedFormNetwork(process), family, vector, range(4), TEACHER_STEPS)
     assert loss == pytest.approx(paper(vector.numpy()), rel=1e-10)
     expected = paper.gradient(vector.numpy())
     # Central differences of a loss near 1 round to 1e-10 and are off by the square of the change, 1e-12.
@@ -161,7 +161,7 @@ def test_loss_and_gradient_are_those_of_the_recipe(process, num_steps):
 
 
 def test_the_first_updates_are_those_of_lion_on_the_recipe(process, num_steps):
-    iterations = fit_by_gradient([ClosedFormNetwork(process)], num_steps, Recipe(num_samples=10, batch_size=4))
+    iterations = fit_by_gradient(ClosedFormNetwork(process), num_steps, Recipe(num_samples=10, batch_size=4))
     vector = ConsistentFamily(process, num_steps).start().numpy()
     momentum = np.zeros_like(vector)
     for numbers, iteration in zip((range(4), range(4, 8), range(8, 10)), iterations, strict=True):
@@ -261,15 +261,15 @@ def test_a_few_updates_beat_the_start_on_other_noises(pipe, network_of):
     network = network_of(pipe, batch_size=16)
     family = ConsistentFamily(network.process, 5)
     recipe = Recipe(num_samples=96, batch_size=16, learning_rate=0.05, teacher_steps=32)
-    *_, last = fit_by_gradient([network], 5, recipe)
-    batches = make_batches(pipe, LABELS, range(10**6, 10**6 + 32), 32, 64, network.calls)
+    *_, last = fit_by_gradient(network, 5, recipe)
+    batches = Teacher(pipe, 64, 32, network.calls).batches(LABELS, range(10**6, 10**6 + 32))
     searched, start = (endpoint_errors(batches, solver) for solver in (last.solver, family.solver(family.start())))
     assert searched.square().mean().sqrt() < 0.8 * start.square().mean().sqrt()
     assert (searched < start).double().mean() > 0.8
 
 
 def test_the_same_seed_gives_the_same_solvers_and_another_does_not(sit, network_of):
-    first, again, other = (tables(fit_by_gradient([network_of(sit, first_seed=k)], 4, QUICK)) for k in (0, 0, 5))
+    first, again, other = (tables(fit_by_gradient(network_of(sit, first_seed=k), 4, QUICK)) for k in (0, 0, 5))
     assert first == again
     assert first != other
 
@@ -285,67 +285,28 @@ def test_samples_have_the_condition_and_the_seed_of_their_number(sit, network_of
 def test_how_many_samples_share_a_call_does_not_matter(sit, network_of):
     family = ConsistentFamily(FlowMatching(), 4)
     vector = some_vector(family)
-    together, apart = (
-        loss_and_gradient([network_of(sit, batch_size=k)], family, vector, range(6), 12) for k in (6, 4)
-    )
+    together, apart = (loss_and_gradient(network_of(sit, batch_size=k), family, vector, range(6), 12) for k in (6, 4))
     # Rounding of float32, in another order.
     np.testing.assert_allclose(together, apart, rtol=1e-4, atol=1e-6)
 
 
 def test_calls_are_a_teacher_a_run_and_one_to_open(pipe, network_of):
     network = network_of(pipe)
-    list(fit_by_gradient([network], 4, QUICK))
+    list(fit_by_gradient(network, 4, QUICK))
     assert network.calls.count == 16 * (12 + 4 + 1)
-
-
-def test_the_losses_of_several_networks_add_up(sit, network_of):
-    case = build("sd3")
-    networks = [network_of(sit), network_of(case.pipe, [{**case.inputs, "guidance_scale": 1.0}], 1)]
-    family = ConsistentFamily(FlowMatching(), 4)
-    vector = some_vector(family)
-    both, *each = (loss_and_gradient(some, family, vector, range(3), 8) for some in (networks, *zip(networks)))
-    # The same numbers, added in another order.
-    np.testing.assert_allclose(both, np.sum(each, 0), rtol=1e-12)
-    assert all(one[0] > 0 for one in each)
-
-
-def kept_for_gradients(network) -> list[int]:
-    """How many numbers the loss of two samples keeps for its gradient."""
-    family = ConsistentFamily(network.process, 3)
-
-    def kept(field):
-        numbers = 0
-
-        def keep(tensor):
-            nonlocal numbers
-            numbers += tensor.numel()
-            return tensor
-
-        vector = family.start().requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            trajectory_loss(field, family, vector, recipe_teacher(network.process, 8))
-        return numbers
-
-    return network.map(kept, network.split(range(2))[0])[0]
-
-
-def test_checkpointing_gives_the_same_gradients_from_less_memory(pipe, network_of):
-    plain, checkpointed = network_of(pipe), network_of(pipe, checkpointing=True)
-    assert tables(fit_by_gradient([plain], 3, QUICK)) == tables(fit_by_gradient([checkpointed], 3, QUICK))
-    assert kept_for_gradients(checkpointed) < 0.5 * kept_for_gradients(plain)
 
 
 def test_a_pipeline_is_frozen_while_gradients_are_taken_and_left_as_it_was(sit, network_of):
     weights = [*sit.transformer.parameters(), *sit.vae.parameters()]
-    network = network_of(sit, checkpointing=True)
+    network = network_of(sit)
 
     def state(field=None):
-        return [weight.requires_grad for weight in weights], sit.transformer.is_gradient_checkpointing
+        return [weight.requires_grad for weight in weights]
 
     before = state()
-    assert before == ([True] * len(weights), False)
-    assert network.map(state, network.split(range(2))[0]) == [([False] * len(weights), True)]
-    list(fit_by_gradient([network], 3, QUICK))
+    assert before == [True] * len(weights)
+    assert network.map(state, network.split(range(2))[0]) == [[False] * len(weights)]
+    list(fit_by_gradient(network, 3, QUICK))
     assert state() == before
     assert all(weight.grad is None for weight in weights)
 
@@ -354,7 +315,7 @@ def test_when_memory_runs_out_calls_are_halved(sit, network_of, caplog):
     family = ConsistentFamily(FlowMatching(), 3)
     vector = some_vector(family)
     small, large = network_of(sit, batch_size=2), network_of(sit, batch_size=8)
-    expected = loss_and_gradient([small], family, vector, range(8), 8)
+    expected = loss_and_gradient(small, family, vector, range(8), 8)
     largest = []
 
     def run_out(module, args, kwargs):
@@ -366,9 +327,9 @@ def test_when_memory_runs_out_calls_are_halved(sit, network_of, caplog):
 
     handle = sit.transformer.register_forward_pre_hook(run_out, with_kwargs=True)
     try:
-        first = loss_and_gradient([large], family, vector, range(8), 8)
+        first = loss_and_gradient(large, family, vector, range(8), 8)
         tried = [batch for batch in largest if batch > 2]
-        again = loss_and_gradient([large], family, vector, range(8), 8)
+        again = loss_and_gradient(large, family, vector, range(8), 8)
     finally:
         handle.remove()
     assert tried == [8, 4]
@@ -385,10 +346,10 @@ def test_a_search_goes_on_from_what_was_remembered(sit, network_of):
         outcomes.append(compute())
         return outcomes[-1]
 
-    expected = tables(fit_by_gradient([network_of(sit)], 4, QUICK, record))
+    expected = tables(fit_by_gradient(network_of(sit), 4, QUICK, record))
     kept = iter(json.loads(json.dumps(outcomes[:1])))
     network = network_of(sit)
-    resumed = tables(fit_by_gradient([network], 4, QUICK, lambda compute: next(kept, None) or compute()))
+    resumed = tables(fit_by_gradient(network, 4, QUICK, lambda compute: next(kept, None) or compute()))
     assert resumed == expected
     assert network.calls.count == 8 * (12 + 4 + 1)
 
@@ -401,7 +362,7 @@ from test_gradient import LABELS, QUICK, DifferentiableNetwork, NetworkCalls, fi
 state = PartialState(cpu=True)
 torch.set_num_threads(1)
 pipe = load("digits-sit")
-found = tables(fit_by_gradient([DifferentiableNetwork(pipe, LABELS, 3, NetworkCalls(pipe))], 4, QUICK))
+found = tables(fit_by_gradient(DifferentiableNetwork(pipe, LABELS, 3, NetworkCalls(pipe)), 4, QUICK))
 with open(f"{sys.argv[1]}/{state.process_index} of {state.num_processes}.json", "w") as file:
     json.dump(found, file)
 """
@@ -421,7 +382,7 @@ def test_two_processes_find_what_one_finds(sit, network_of, tmp_path):
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    expected = json.dumps(tables(fit_by_gradient([network_of(sit, batch_size=3)], 4, QUICK)))
+    expected = json.dumps(tables(fit_by_gradient(network_of(sit, batch_size=3), 4, QUICK)))
     for number in range(2):
         assert (tmp_path / f"{number} of 2.json").read_text() == expected
 
@@ -432,9 +393,7 @@ def test_two_processes_find_what_one_finds(sit, network_of, tmp_path):
 def test_settings_out_of_range_are_refused(sit, network_of):
     network = network_of(sit)
     with pytest.raises(ValueError, match="`num_steps` is 1, expected at least 2"):
-        fit_by_gradient([network], 1)
-    with pytest.raises(ValueError, match="`networks` is empty"):
-        fit_by_gradient([], 5)
+        fit_by_gradient(network, 1)
     with pytest.raises(ValueError, match="`conditions` is empty"):
         network_of(sit, [])
 
@@ -455,27 +414,16 @@ def test_a_recipe_out_of_range_is_refused(setting, message):
         Recipe(**setting)
 
 
-def test_networks_of_different_noise_processes_are_refused(sit, digits_dit, network_of):
-    with pytest.raises(ValueError, match="`networks` have different noise processes, FlowMatching.* and Variance"):
-        fit_by_gradient([network_of(sit), network_of(digits_dit)], 5)
-
-
-def test_checkpointing_is_refused_where_no_network_supports_it(sit, network_of, monkeypatch):
-    monkeypatch.setattr(sit.transformer, "_supports_gradient_checkpointing", False)
-    with pytest.raises(ValueError, match="No network of .* supports gradient checkpointing. Lower `batch_size`"):
-        network_of(sit, checkpointing=True)
-
-
 def test_a_pipeline_that_hands_on_no_gradients_is_refused(network_of):
     case = build("hunyuan_dit")
     with pytest.raises(FieldError, match="hands on no gradient with respect to `timestep`"):
-        next(fit_by_gradient([network_of(case.pipe, [case.inputs], 1)], 3, QUICK))
+        next(fit_by_gradient(network_of(case.pipe, [case.inputs], 1), 3, QUICK))
 
 
 def test_a_loss_that_is_not_finite_is_reported(sit, network_of):
     handle = sit.transformer.register_forward_hook(lambda module, args, output: (output[0] * float("nan"),))
     try:
         with pytest.raises(ValueError, match="After 0 noises the loss is nan .* lower `learning_rate` from 0.01"):
-            next(fit_by_gradient([network_of(sit)], 3, QUICK))
+            next(fit_by_gradient(network_of(sit), 3, QUICK))
     finally:
         handle.remove()

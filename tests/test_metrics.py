@@ -30,6 +30,7 @@ from search.measure.metrics import (
 )
 from search.pipeline.field import NetworkCalls
 from search.pipeline.loading import load_pipeline
+from search.teacher.batches import Teacher
 from search.teacher.splits import EVALUATION_SEEDS, split_seeds
 
 
@@ -240,13 +241,13 @@ def measure(pipe, tmp_path):
             "feature_network": str(EXAMPLES / "digits_features.py"),
             **changes,
         }
-        settings = ImageSettings(**given, folder=tmp_path / "out", seed=0, batch_size=4)
+        settings = ImageSettings(**given, folder=tmp_path / "out", seed=0)
         conditions = build_conditions(pipe, None, None, 2.0, {})
         network = load_feature_network(pipe, conditions[0], settings)
         process = process_from_config(pipe.scheduler.config)
         tables = {n: {"AB3": teacher_solver(process, n)} for n in step_counts}
         calls = NetworkCalls(pipe)
-        found = measure_images(pipe, conditions, tables, network, TEACHER_STEPS, settings, calls)
+        found = measure_images(Teacher(pipe, TEACHER_STEPS, 4, calls), conditions, tables, network, settings)
         calls.remove()
         return found
 
@@ -337,7 +338,7 @@ def test_what_cannot_be_measured_is_refused_before_the_search(measure, changes, 
 
 
 def test_a_pipeline_that_makes_videos_is_refused_before_the_search():
-    settings = ImageSettings(8, "none", None, 4, 0, Path("out"))
+    settings = ImageSettings(8, "none", None, 0, Path("out"))
     with pytest.raises(ValueError, match="`--image-metrics` needs images. LTXPipeline makes none"):
         load_feature_network(build("ltx").pipe, build("ltx").inputs, settings)
 

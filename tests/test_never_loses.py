@@ -29,10 +29,10 @@ from search.known.contest import Contest, score
 from search.known.race import LEAST, RUNGS, race
 from search.launch.journal import Journal
 from search.pipeline.field import NetworkCalls
+from search.pipeline.noises import Weights, portion_end
 from search.pipeline.rollout import endpoint_errors, root_mean_square
 from search.run import main
-from search.teacher.batches import make_batches
-from search.teacher.noises import Weights, portion_end
+from search.teacher.batches import Teacher
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,7 +47,7 @@ def mixture(one_thread):
     """A pipeline with an exact flow, and noises that no search has, with their ends."""
     pipe = mixture_pipeline()
     calls = NetworkCalls(pipe)
-    held_out = make_batches(pipe, [{}], list(range(10**9, 10**9 + 128)), 64, 256, calls)
+    held_out = Teacher(pipe, 256, 64, calls).batches([{}], list(range(10**9, 10**9 + 128)))
     yield pipe, held_out
     for batch in held_out:
         batch.field.close()
@@ -178,11 +178,11 @@ def test_the_teacher_s_steps_are_doubled_until_its_error_is_a_tenth_of_a_rival_s
     calls = NetworkCalls(pipe)
     found = {}
     for step_counts in ((4,), (4, 10)):
-        problem = search_problem(pipe, UNGUIDED, step_counts, 0, 20, 4, calls)
+        problem = search_problem(Teacher(pipe, 20, 4, calls), UNGUIDED, step_counts, 0)
         found[step_counts] = problem.teacher_steps
         ends = torch.cat([batch.target for batch in problem.train.between(0, 8)])
         problem.close()
-        exact = make_batches(pipe, UNGUIDED, list(range(8)), 8, 512, calls)
+        exact = Teacher(pipe, 512, 8, calls).batches(UNGUIDED, list(range(8)))
         own = float((ends - exact[0].target).square().mean().sqrt())
         rivals = [each.solver for each in known_tables(pipe.scheduler.config, max(step_counts)) if each.from_diffusers]
         best = min(root_mean_square(endpoint_errors(exact, rival)) for rival in rivals)
@@ -194,7 +194,7 @@ def test_what_a_search_finds_and_is_charged_with_does_not_depend_on_which_step_c
     pipe, _ = mixture
     calls, found = NetworkCalls(pipe), {}
     for before in ((), (5,)):
-        problem = search_problem(pipe, [{}], [3, 5], 0, 64, 4, calls)
+        problem = search_problem(Teacher(pipe, 64, 4, calls), [{}], [3, 5], 0)
         for num_steps in before:
             list(fit_solver(problem.anew(), num_steps, 20_000, Journal(calls)))
         own, journal, count = problem.anew(), Journal(calls), calls.count
@@ -213,7 +213,7 @@ def test_what_a_search_finds_and_is_charged_with_does_not_depend_on_which_step_c
 def test_a_race_keeps_what_is_best_and_measures_nothing_twice(mixture):
     pipe, _ = mixture
     calls = NetworkCalls(pipe)
-    problem = search_problem(pipe, [{}], [4], 0, 64, 4, calls)
+    problem = search_problem(Teacher(pipe, 64, 4, calls), [{}], [4], 0)
     tables, pieces = known_tables(pipe.scheduler.config, 4), []
 
     def remember(compute):
@@ -234,7 +234,7 @@ def test_a_race_keeps_what_is_best_and_measures_nothing_twice(mixture):
 def test_a_race_that_goes_on_with_other_tables_says_which(mixture):
     pipe, _ = mixture
     calls = NetworkCalls(pipe)
-    problem = search_problem(pipe, [{}], [4], 0, 64, 4, calls)
+    problem = search_problem(Teacher(pipe, 64, 4, calls), [{}], [4], 0)
     tables = known_tables(pipe.scheduler.config, 4)
     outcome = {"tables": [str(table) for table in tables[1:]], "errors": [[0.1]] * (len(tables) - 1)}
     with pytest.raises(ValueError, match="begun with [0-9]+ known .* they differ in: Euler, shift 0.7. Go"):
@@ -305,7 +305,7 @@ def test_a_few_noises_that_have_most_of_the_squares_are_noticed():
 def test_where_a_few_noises_are_much_harder_the_search_is_better_on_others_too(one_thread):
     pipe = mixture_pipeline(distance=10, spread=0.1)
     calls = NetworkCalls(pipe)
-    held_out = make_batches(pipe, [{}], list(range(10**9, 10**9 + 256)), 64, 512, calls)
+    held_out = Teacher(pipe, 512, 64, calls).batches([{}], list(range(10**9, 10**9 + 256)))
     said = []
     outcome = find_solver(pipe, 5, [{}], batch_size=16, log=said.append)
     assert "confirmed" in said[-2]

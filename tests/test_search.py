@@ -25,7 +25,7 @@ from search.known.contest import Contest
 from search.pipeline.field import NetworkCalls, PipelineField
 from search.pipeline.loading import load_pipeline
 from search.pipeline.rollout import Run, endpoint_errors, recorded_run, rollout, root_mean_square
-from search.teacher.batches import make_batches
+from search.teacher.batches import Teacher
 from search.teacher.splits import EVALUATION_SEEDS, split_seeds
 
 
@@ -55,8 +55,8 @@ def classical(process, num_steps):
 
 
 def test_samples_do_not_depend_on_how_they_are_batched(pipe, calls):
-    together = make_batches(pipe, conditions(), [0, 1, 2], 3, 12, calls)
-    apart = make_batches(pipe, conditions(), [0, 1, 2], 1, 12, calls)
+    together = Teacher(pipe, 12, 3, calls).batches(conditions(), [0, 1, 2])
+    apart = Teacher(pipe, 12, 1, calls).batches(conditions(), [0, 1, 2])
     assert [len(together), len(apart)] == [1, 3]
     noise = torch.cat([batch.field.noise[:1] for batch in apart])
     assert torch.equal(together[0].field.noise[:3], noise)
@@ -103,7 +103,7 @@ def test_a_branch_feels_an_entry_no_earlier_than_its_family_says(pipe):
 
 def test_the_searched_solver_halves_the_error_of_every_baseline_on_other_noises(pipe, calls):
     outcome = find_solver(pipe, num_steps=5, conditions=conditions(), seed=0)
-    evaluation = make_batches(pipe, conditions(), split_seeds(0, EVALUATION_SEEDS, 128), 32, 128, calls)
+    evaluation = Teacher(pipe, 128, 32, calls).batches(conditions(), split_seeds(0, EVALUATION_SEEDS, 128))
     errors = endpoint_errors(evaluation, outcome.solver)
     assert len(outcome.tuned) >= 8
     # The bound is the project's own for classical tables; for diffusers' schedulers, at that setting of each family
@@ -116,7 +116,7 @@ def test_the_searched_solver_halves_the_error_of_every_baseline_on_other_noises(
 
 
 def test_the_teacher_is_far_more_accurate_than_any_few_step_solver(pipe, calls):
-    batches = make_batches(pipe, conditions(), list(range(8)), 8, 512, calls)
+    batches = Teacher(pipe, 512, 8, calls).batches(conditions(), list(range(8)))
     teacher = root_mean_square(endpoint_errors(batches, teacher_solver(batches[0].field.process, 64)))
     few = root_mean_square(endpoint_errors(batches, teacher_solver(batches[0].field.process, 10)))
     assert teacher < 0.1 * few
@@ -154,7 +154,7 @@ def test_a_network_that_gives_nan_is_reported(pipe, calls):
     handle = pipe.transformer.register_forward_hook(spoil)
     try:
         with pytest.raises(ValueError, match="The teacher's end point for seed 0 with class_labels=.* is not finite"):
-            make_batches(pipe, conditions(), [0], 1, 8, calls)
+            Teacher(pipe, 8, 1, calls).batches(conditions(), [0])
     finally:
         handle.remove()
 
@@ -181,7 +181,7 @@ def test_each_of_several_guidance_scales_has_as_many_noises_and_calls_as_one(pip
     factors = []
     for scales in ([2.0], [1.0, 3.0]):
         several = build_conditions(pipe, None, None, scales, {})
-        problem = search_problem(pipe, several, [3], 0, 8, 4, calls)
+        problem = search_problem(Teacher(pipe, 8, 4, calls), several, [3], 0)
         factors.append(default_calls(problem, 3) / usual_calls(3))
         problem.close()
     assert factors == [1, 2]

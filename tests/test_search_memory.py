@@ -20,7 +20,7 @@ from search.launch.network_calls import NetworkCalls
 from search.measure.trajectory import compare_trajectories, teacher_trajectory
 from search.pipeline import rollout as rollouts
 from search.pipeline.rollout import Batch, endpoint_errors, recorded_run, rollout, root_mean_square
-from search.teacher.batches import make_batches
+from search.teacher.batches import Teacher
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,7 +96,7 @@ def test_derivatives_on_a_quarter_of_the_elements_lead_as_far(name, monkeypatch)
     pipe = load(name)
     calls = NetworkCalls(pipe)
     conditions = [{"class_labels": [k], "guidance_scale": 1.0} for k in range(10)]
-    train, others = (make_batches(pipe, conditions, list(range(k, k + 16)), 16, 48, calls) for k in (0, 100))
+    train, others = (Teacher(pipe, 48, 16, calls).batches(conditions, list(range(k, k + 16))) for k in (0, 100))
     process = train[0].field.process
     known = SearchedSolver.adams_bashforth(*start_grids(process, 4)[0], "velocity", order=3)
     family = SolverFamily(process, known, offsets=name == "digits-dit")

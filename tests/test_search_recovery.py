@@ -15,7 +15,7 @@ from search.fit.parameters import SolverFamily
 from search.fit.starts import start_grids
 from search.pipeline.field import FieldError, NetworkCalls
 from search.pipeline.rollout import root_mean_square
-from search.teacher.batches import make_batches
+from search.teacher.batches import Teacher
 from search.teacher.cache import TeacherCache
 
 
@@ -82,7 +82,7 @@ def test_an_error_that_is_not_finite_never_wins():
 def iteration(pipe):
     """The arguments of an iteration, the first network call of its Jacobian, and the first of its trials."""
     calls = NetworkCalls(pipe)
-    batches = make_batches(pipe, CONDITIONS, [0, 1], 2, 8, calls)
+    batches = Teacher(pipe, 8, 2, calls).batches(CONDITIONS, [0, 1])
     process = batches[0].field.process
     known = SearchedSolver.adams_bashforth(*start_grids(process, 3)[0], "velocity", order=3)
     family = SolverFamily(process, known, offsets=False)
@@ -155,7 +155,7 @@ def ends(pipe):
     def ends(folder):
         counter = Spoil()
         with pipe.transformer.register_forward_hook(counter):
-            (batch,) = make_batches(pipe, CONDITIONS, [0, 1], 2, 8, calls, TeacherCache(folder))
+            (batch,) = Teacher(pipe, 8, 2, calls, TeacherCache(folder)).batches(CONDITIONS, [0, 1])
         batch.field.close()
         return batch.target, counter.count
 

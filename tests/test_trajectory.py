@@ -12,7 +12,7 @@ from diffusers_searched_solver.check import teacher_solver
 from search.measure.trajectory import Trajectory, compare_trajectories, teacher_trajectory, with_classical_coefficients
 from search.pipeline.field import NetworkCalls
 from search.pipeline.rollout import Run, endpoint_errors, root_mean_square
-from search.teacher.batches import make_batches
+from search.teacher.batches import Teacher
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -39,7 +39,7 @@ def test_a_run_along_a_cubic_is_known_exactly_between_its_nodes(process):
 def test_the_error_at_the_end_of_a_trajectory_is_the_endpoint_error():
     pipe = DiTPipeline.from_pretrained(EXAMPLES / "digits-dit")
     conditions = [{"class_labels": [3]}]
-    (batch,) = make_batches(pipe, conditions, [0, 1, 2], 3, 24, NetworkCalls(pipe))
+    (batch,) = Teacher(pipe, 24, 3, NetworkCalls(pipe)).batches(conditions, [0, 1, 2])
     process = batch.field.process
     solver, classical = (SearchedSolver.adams_bashforth(*time_grid(process, 4, s), "velocity", 2) for s in (1.5, 1))
     field = batch.field

@@ -9,8 +9,8 @@ import numpy as np
 from ..known.baselines import known_tables
 from ..known.race import HARD_RUNGS, RUNGS, race_evaluations
 from ..pipeline.field import HELD_STATES, MOST_HELD
+from ..pipeline.noises import portion_end
 from ..pipeline.rollout import MOST_ELEMENTS
-from ..teacher.noises import portion_end
 from .problem import HEAVY_CALLS, HEAVY_FACTOR, HEAVY_JUDGES, Problem
 
 

@@ -10,7 +10,7 @@ from diffusers_searched_solver.scheduler import SearchedSolverScheduler
 from ..launch.journal import Journal
 from ..pipeline.field import NetworkCalls
 from ..teacher.admission import admit
-from ..teacher.batches import BATCH_SIZE, TEACHER_STEPS
+from ..teacher.batches import BATCH_SIZE, TEACHER_STEPS, Teacher
 from .budget import default_calls
 from .outcome import Outcome
 from .problem import search_problem
@@ -86,7 +86,8 @@ def find_solver(
     calls = NetworkCalls(pipe)
     problem = None
     try:
-        problem = search_problem(pipe, conditions, [num_steps], seed, teacher_steps, batch_size, calls)
+        teacher = Teacher(pipe, teacher_steps, batch_size, calls)
+        problem = search_problem(teacher, conditions, [num_steps], seed)
         journal, budget = Journal(calls), default_calls(problem, num_steps) if max_calls is None else max_calls
         *_, outcome = fit_solver(problem, num_steps, budget, journal, lambda found: say(str(found)), others)
         say(outcome.verdict)

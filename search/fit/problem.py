@@ -25,11 +25,10 @@ from ..known.race import FirstPredictions
 from ..launch.processes import agree, everyone, gather, share, total
 from ..pipeline.conditions import one_of_each, variant_of
 from ..pipeline.field import NetworkCalls, PipelineField
+from ..pipeline.noises import Noises
 from ..pipeline.rollout import endpoint_errors, rollout, root_mean_square, sample_errors
 from ..pipeline.rounding import rounding_error
-from ..teacher.batches import NO_CACHE, TEACHER_SHARE, Samples, in_parts, merged, pipeline_calls
-from ..teacher.cache import TeacherCache
-from ..teacher.noises import Noises
+from ..teacher.batches import TEACHER_SHARE, Samples, Teacher, in_parts, open_field, pipeline_calls
 from ..teacher.splits import CONFIRMING_SEEDS, JUDGING_SEEDS, TRAIN_SEEDS, make_noises, split_seeds, turned
 from .parameters import FRAME
 
@@ -141,32 +140,21 @@ class Problem:
             noises.close()
 
 
-def search_problem(
-    pipe: DiffusionPipeline,
-    conditions: Sequence[Mapping],
-    step_counts: Sequence[int],
-    seed: int,
-    teacher_steps: int,
-    batch_size: int,
-    calls: NetworkCalls,
-    cache: TeacherCache = NO_CACHE,
-) -> Problem:
+def search_problem(teacher: Teacher, conditions: Sequence[Mapping], step_counts: Sequence[int], seed: int) -> Problem:
     """
     Noises to fit and to judge, with the ends of a teacher that is good enough for solvers of `step_counts` steps.
 
     Args:
-        teacher_steps (`int`): To begin with. They are doubled until the teacher's own error, as a run of half the
-            steps shows it, is at most a tenth of the best rival's at the largest step count.
+        teacher: To begin with. Its steps are doubled until its own error, as a run of half the steps shows it, is at
+            most a tenth of the best rival's at the largest step count.
     """
+    pipe, calls = teacher.pipe, teacher.calls
     own = SearchedSolverScheduler.from_config(pipe.scheduler.config)
     before = calls.count
 
-    def noises(split: int, steps: int, order: Sequence[int] = (), strata: Mapping[int, float] = {}) -> Noises:  # noqa: B006
-        return make_noises(pipe, conditions, seed, split, steps, batch_size, calls, cache, order, strata)
-
     def disagreements(split: int, start: int, stop: int) -> list[float]:
         seeds = split_seeds(seed, split, stop)[start:]
-        return _disagreements(pipe, turned(conditions, seeds, seed, split), seeds, batch_size, calls)
+        return _disagreements(teacher, turned(conditions, seeds, seed, split), seeds)
 
     def of_their_like(split: int, distances: Sequence[float]) -> np.ndarray:
         seeds = split_seeds(seed, split, len(distances))
@@ -184,13 +172,17 @@ def search_problem(
     train_order = screened(TRAIN_SEEDS, HARD // 2, of_train) if heavy else ()
     # The hard ones come first: on these, what is known races.
     judging_order = screened(JUDGING_SEEDS, 1) if heavy else ()
-    found = _good_teacher(lambda s: noises(TRAIN_SEEDS, s, *train_order), own.process, teacher_steps, max(step_counts))
-    train, teacher_steps, error = found
+
+    def noises(split: int, teacher: Teacher, order: Sequence[int] = (), strata: Mapping[int, float] = {}) -> Noises:  # noqa: B006
+        return make_noises(teacher, conditions, seed, split, order, strata)
+
+    found = _good_teacher(teacher, lambda each: noises(TRAIN_SEEDS, each, *train_order), own.process, max(step_counts))
+    train, teacher, error = found
     per_evaluation = agree(calls_per_evaluation(pipe, conditions, calls) if PartialState().is_main_process else None)
     first = train.between(0, 1)
     rounding = agree(rounding_error(first[0].field) if PartialState().is_main_process else None)
     elements = agree(first[0].field.shape[1:].numel() if PartialState().is_main_process else None)
-    judging = noises(JUDGING_SEEDS, teacher_steps, *judging_order)
+    judging = noises(JUDGING_SEEDS, teacher, *judging_order)
     setup = total(calls.count - before) - train.calls
     kind = own.config.prediction_type
     return Problem(
@@ -200,10 +192,10 @@ def search_problem(
         rounding,
         train,
         judging,
-        noises(CONFIRMING_SEEDS, teacher_steps),
+        noises(CONFIRMING_SEEDS, teacher),
         evenness,
         len(one_of_each(conditions)),
-        teacher_steps,
+        teacher.steps,
         error,
         elements,
         per_evaluation,
@@ -212,25 +204,25 @@ def search_problem(
 
 
 def _good_teacher(
-    make: Callable[[int], Noises], process: NoiseProcess, teacher_steps: int, most_steps: int
-) -> tuple[Noises, int, float]:
-    """Noises with the ends of a teacher whose own error is small beside a usual solver's, its steps and that error."""
-    train = make(teacher_steps)
-    coarse = _ends(train, teacher_solver(process, teacher_steps // 2))
+    teacher: Teacher, make: Callable[[Teacher], Noises], process: NoiseProcess, most_steps: int
+) -> tuple[Noises, Teacher, float]:
+    """Noises with the ends of a teacher whose own error is small beside a usual solver's, that teacher, its error."""
+    train = make(teacher)
+    coarse = _ends(train, teacher_solver(process, teacher.steps // 2))
     goal = TEACHER_SHARE * _best_rival(train, process, most_steps)
-    while (error := _distance(train, coarse) / HALVED) > goal and teacher_steps < MOST_TEACHER_STEPS:
+    while (error := _distance(train, coarse) / HALVED) > goal and teacher.steps < MOST_TEACHER_STEPS:
         coarse = [batch.target for batch in train.between(0, TEACHER_NOISES)]
         train.close()
-        teacher_steps *= 2
-        train = make(teacher_steps)
+        teacher = replace(teacher, steps=2 * teacher.steps)
+        train = make(teacher)
         train.between(0, TEACHER_NOISES)
     if error > goal:
         logger.warning(
-            f"The teacher's own error is {error:.3g} at {teacher_steps} steps, more than a tenth of the "
+            f"The teacher's own error is {error:.3g} at {teacher.steps} steps, more than a tenth of the "
             f"{goal / TEACHER_SHARE:.3g} of a usual solver of {most_steps} steps: the solver may be fitted to its "
             "mistakes. Search for fewer steps, or at a lower guidance scale."
         )
-    return train, teacher_steps, error
+    return train, teacher, error
 
 
 def setup_evaluations(teacher_steps: int, most_steps: int) -> int:
@@ -240,23 +232,21 @@ def setup_evaluations(teacher_steps: int, most_steps: int) -> int:
     )
 
 
-def _disagreements(
-    pipe: DiffusionPipeline, conditions: Sequence[Mapping], seeds: Sequence[int], batch_size: int, calls: NetworkCalls
-) -> list[float]:
+def _disagreements(teacher: Teacher, conditions: Sequence[Mapping], seeds: Sequence[int]) -> list[float]:
     """
     How far two usual solvers of few steps end from each other, noise by noise: no teacher is needed to see which
     noises are hard. On a network of galaxies, the eighth of the noises on which they disagree most carries 84 to 93 %
     of the squared error of other solvers.
     """
-    config = pipe.scheduler.config
+    config = teacher.pipe.scheduler.config
     families = diffusers_schedulers(config)
     solvers = [
         solver_from_scheduler(next(iter(families[family].values())), SCREENING_STEPS) for family in SCREENING_FAMILIES
     ]
-    numbered = pipeline_calls(conditions, seeds, batch_size)
+    numbered = pipeline_calls(conditions, seeds, teacher.batch_size)
 
     def distances(samples: Samples, _) -> list[tuple[int, float]]:
-        field = PipelineField(pipe, merged(samples), [each for _, each in samples], calls)
+        field = open_field(teacher.pipe, samples, teacher.calls)
         shared = FirstPredictions(field)
         ends = (rollout(field, solver, shared.beginning(solver)) for solver in solvers)
         found = sample_errors(next(ends), next(ends)).tolist()
@@ -264,7 +254,7 @@ def _disagreements(
         # Pipelines with guidance may have every sample twice.
         return list(zip(field.seeds, found, strict=False))
 
-    parts = [part for samples in share(numbered) for part in in_parts(pipe, distances, samples)]
+    parts = [part for samples in share(numbered) for part in in_parts(teacher.pipe, distances, samples)]
     by_seed = dict(everyone([pair for part in parts for pair in part]))
     return [by_seed[each] for each in seeds]
 

@@ -13,8 +13,8 @@ from ..known.contest import Contest, score
 from ..known.race import gathered_weights, race, rivals
 from ..launch.journal import Journal
 from ..launch.progress import Finding
+from ..pipeline.noises import Weights, portion_end
 from ..pipeline.rollout import Batch, endpoint_errors, rollout, sample_errors
-from ..teacher.noises import Weights, portion_end
 from .budget import CONFIRMING, LEAST_TRIALS, MOST_JUDGES, TIMES_NOISES, WAYS, Budget
 from .gauss_newton import MAX_TRIALS, gauss_newton_iteration
 from .outcome import Contender, Outcome

@@ -1,6 +1,5 @@
 """DifferentiableNetwork: a pipeline whose samples' gradients are asked for, in the memory that there is."""
 
-import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,8 +9,8 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver import process_from_config
 
-from ..pipeline.field import FieldError, NetworkCalls, PipelineField, merge_conditions
-from ..teacher.batches import pipeline_calls
+from ..pipeline.field import FieldError, NetworkCalls, PipelineField
+from ..teacher.batches import open_field, pipeline_calls
 
 
 logger = logging.getLogger(__name__)
@@ -25,16 +24,14 @@ class DifferentiableNetwork:
         pipe (`DiffusionPipeline`): Its predictions have to carry gradients of states and times, see `PipelineField`.
         conditions: Keyword arguments of a call that makes one sample each; used in turn.
         batch_size (`int`): Samples of one pipeline call at most. It is halved whenever memory runs out.
-        calls (`NetworkCalls`): Counts forward evaluations, without those that checkpointing makes again.
+        calls (`NetworkCalls`): Counts forward evaluations.
         first_seed (`int`): Of sample 0; the others follow.
-        checkpointing (`bool`): Whether to keep only what enters each block of the network, and to evaluate the block
-            again for its gradient: about a third more time for a fraction of the memory.
 
     Attributes:
         process (`NoiseProcess`): Of the pipeline's model.
 
     Raises:
-        ValueError: If there are no conditions, or checkpointing is asked for and the network has none.
+        ValueError: If there are no conditions.
     """
 
     def __init__(
@@ -44,7 +41,6 @@ class DifferentiableNetwork:
         batch_size: int,
         calls: NetworkCalls,
         first_seed: int = 0,
-        checkpointing: bool = False,
     ):
         if not conditions:
             raise ValueError("`conditions` is empty. Give the keyword arguments of at least one call of the pipeline.")
@@ -52,11 +48,6 @@ class DifferentiableNetwork:
         self.process = process_from_config(pipe.scheduler.config)
         self._batch_size = self._limit = batch_size
         self._calls = calls
-        self._checkpointed = _can_checkpoint(pipe) if checkpointing else []
-        if checkpointing and not self._checkpointed:
-            raise ValueError(
-                f"No network of {type(pipe).__name__} supports gradient checkpointing. Lower `batch_size` instead."
-            )
 
     def split(self, numbers: Sequence[int]) -> list[list[tuple[Mapping, int]]]:
         """The samples of these numbers as conditions and seeds, in groups that one call can make."""
@@ -91,32 +82,17 @@ class DifferentiableNetwork:
 
     @contextmanager
     def _field(self, samples: Sequence[tuple[Mapping, int]]) -> Iterator[PipelineField]:
-        """A field, and for as long networks that keep no more for gradients than those of states and times need."""
-        call_kwargs = functools.reduce(merge_conditions, (condition for condition, _ in samples))
+        """A field whose networks keep no more for gradients than those of states and times need, while it is open."""
         modules = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
         weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
-        checkpointed = [network for network in self._checkpointed if not network.is_gradient_checkpointing]
         field = None
         try:
             for weight in weights:
                 weight.requires_grad_(False)
-            for network in checkpointed:
-                network.enable_gradient_checkpointing()
-            field = PipelineField(self.pipe, call_kwargs, [seed for _, seed in samples], self._calls)
+            field = open_field(self.pipe, samples, self._calls)
             yield field
         finally:
             if field is not None:
                 field.close()
             for weight in weights:
                 weight.requires_grad_(True)
-            for network in checkpointed:
-                network.disable_gradient_checkpointing()
-
-
-def _can_checkpoint(pipe: DiffusionPipeline) -> list:
-    """The pipeline's networks that support gradient checkpointing; its autoencoder does not run."""
-    return [
-        network
-        for name, network in pipe.components.items()
-        if name != "vae" and getattr(network, "_supports_gradient_checkpointing", False)
-    ]

@@ -106,7 +106,7 @@ class _Part:
 
 
 def fit_by_gradient(
-    networks: Sequence[DifferentiableNetwork],
+    network: DifferentiableNetwork,
     num_steps: int,
     recipe: Recipe = PAPER_RECIPE,
     remember: Callable[[Callable[[], list[float]]], list[float]] = lambda compute: compute(),
@@ -118,7 +118,7 @@ def fit_by_gradient(
     same bits on any number of processes.
 
     Args:
-        networks: What the solver is for; the losses of several add up.
+        network: What the solver is for.
         num_steps (`int`): N, at least 2.
         recipe: The paper's unless given.
         remember (*optional*): Is given what computes the loss and the gradient of the next batch, and may hand back
@@ -128,35 +128,27 @@ def fit_by_gradient(
         An `Iteration` for each update; the last one's solver is the paper's outcome.
 
     Raises:
-        ValueError: If there is nothing to search or the networks do not share a noise process; while it runs, if the
-            loss does not stay finite.
-        FieldError: While it runs, if a pipeline's call fails or hands on no gradients.
+        ValueError: If there is nothing to search; while it runs, if the loss does not stay finite.
+        FieldError: While it runs, if the pipeline's call fails or hands on no gradients.
     """
     if num_steps < 2:
         raise ValueError(f"`num_steps` is {num_steps}, expected at least 2: one step leaves nothing to search.")
-    if not networks:
-        raise ValueError("`networks` is empty. Give at least one.")
-    process = networks[0].process
-    for network in networks:
-        if network.process != process:
-            raise ValueError(
-                f"`networks` have different noise processes, {process} and {network.process}. A solver is for one of "
-                "them; search for each on its own."
-            )
-    return _descend(networks, ConsistentFamily(process, num_steps), recipe, remember)
+    return _descend(network, ConsistentFamily(network.process, num_steps), recipe, remember)
 
 
-def _descend(networks, family: ConsistentFamily, recipe: Recipe, remember) -> Iterator[Iteration]:
+def _descend(
+    network: DifferentiableNetwork, family: ConsistentFamily, recipe: Recipe, remember
+) -> Iterator[Iteration]:
     vector = family.start()
     momentum = torch.zeros_like(vector)
     for first in range(0, recipe.num_samples, recipe.batch_size):
         numbers = range(first, min(first + recipe.batch_size, recipe.num_samples))
-        compute = functools.partial(loss_and_gradient, networks, family, vector, numbers, recipe.teacher_steps)
+        compute = functools.partial(loss_and_gradient, network, family, vector, numbers, recipe.teacher_steps)
         loss, *gradient = remember(compute)
         if not np.isfinite([loss, *gradient]).all():
             raise ValueError(
                 f"After {first} noises the loss is {loss:g} and the sum of its gradient {sum(gradient):g}, expected "
-                f"finite numbers. Run the networks in float32, or lower `learning_rate` from {recipe.learning_rate:g}."
+                f"finite numbers. Run the network in float32, or lower `learning_rate` from {recipe.learning_rate:g}."
             )
         vector, momentum = lion_update(vector, momentum, vector.new_tensor(gradient), recipe.learning_rate)
         yield Iteration(numbers.stop, loss, family.solver(vector))
@@ -172,13 +164,13 @@ def lion_update(
 
 
 def loss_and_gradient(
-    networks: Sequence[DifferentiableNetwork],
+    network: DifferentiableNetwork,
     family: ConsistentFamily,
     vector: torch.Tensor,
     numbers: Sequence[int],
     teacher_steps: int,
 ) -> list[float]:
-    """The loss, a mean over the samples of these numbers and a sum over the networks, and its gradient."""
+    """The loss, a mean over the samples of these numbers, and its gradient."""
     teacher = recipe_teacher(family.process, teacher_steps)
 
     def of_field(field: PipelineField) -> torch.Tensor:
@@ -187,8 +179,8 @@ def loss_and_gradient(
         (gradient,) = torch.autograd.grad(loss, leaf)
         return len(field.seeds) / len(numbers) * torch.cat([loss.detach().to(gradient)[None], gradient])
 
-    calls = [(network, samples) for network in networks for samples in network.split(numbers)]
-    parts = [_Part(i, sum(network.map(of_field, samples))) for i, (network, samples) in share(list(enumerate(calls)))]
+    calls = list(enumerate(network.split(numbers)))
+    parts = [_Part(i, sum(network.map(of_field, samples))) for i, samples in share(calls)]
     return sum(gather(parts, [part.value for part in parts])).tolist()
 
 

@@ -11,8 +11,8 @@ from diffusers_searched_solver.check import FINALISTS
 
 from ..launch.processes import gather
 from ..pipeline.field import PipelineField
+from ..pipeline.noises import Noises
 from ..pipeline.rollout import Batch, Run, node_of, rollout, sample_errors
-from ..teacher.noises import Noises
 from .baselines import KnownTable
 
 

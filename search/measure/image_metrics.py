@@ -21,7 +21,7 @@ from ..launch.processes import in_order, quiet, share
 from ..pipeline.field import FieldError, NetworkCalls, PipelineField
 from ..pipeline.readying import device_of
 from ..pipeline.rollout import Batch, rollout
-from ..teacher.batches import count_batches, stream_batches
+from ..teacher.batches import Teacher, count_batches
 from ..teacher.splits import EVALUATION_SEEDS, split_seeds
 from .feature_network import FeatureNetwork
 from .metrics import MIN_IMAGES, distribution_metrics, inception_score, similarity
@@ -79,14 +79,13 @@ class ImageSettings:
         num_images (`int`): Of each solver; the first noises that are held out.
         feature_network (`str`): As `FeatureNetwork` takes it.
         reference (`Path`, *optional*): A folder of what they should be like, instead of the teacher's.
-        batch_size, seed (`int`): As in `Settings`.
+        seed (`int`): As in `Settings`.
         folder (`Path`): Where features lie in the meantime, 8 KB an image for Inception.
     """
 
     num_images: int
     feature_network: str
     reference: Path | None
-    batch_size: int
     seed: int
     folder: Path
 
@@ -119,13 +118,11 @@ def load_feature_network(
 
 
 def measure_images(
-    pipe: DiffusionPipeline,
+    teacher: Teacher,
     conditions: Sequence[Mapping],
     samplers: Mapping[int, Mapping[str, SearchedSolver]],
     network: FeatureNetwork,
-    teacher_steps: int,
     settings: ImageSettings,
-    calls: NetworkCalls,
 ) -> ImageMetrics | None:
     """
     How like the teacher's images from the same noises they are, and how near all of them to the reference.
@@ -144,8 +141,8 @@ def measure_images(
     contenders = {(n, name): sampler for n, of_steps in samplers.items() for name, sampler in of_steps.items()}
     rows = _Rows(settings.folder)
     seeds = split_seeds(settings.seed, EVALUATION_SEEDS, settings.num_images)
-    stream = stream_batches(pipe, conditions, seeds, settings.batch_size, teacher_steps, calls)
-    num_batches = count_batches(conditions, settings.num_images, settings.batch_size)
+    stream = teacher.stream(conditions, seeds)
+    num_batches = count_batches(conditions, settings.num_images, teacher.batch_size)
     for described in in_order(stream, num_batches, lambda batch: _describe(batch, contenders, network)):
         rows.append(described)
     if settings.reference is not None:
@@ -154,12 +151,12 @@ def measure_images(
         return None
     reference = TEACHER if settings.reference is None else REFERENCE
     keys = tqdm((TEACHER, *contenders), desc="distances between images", unit=" solvers", disable=quiet(), leave=False)
-    metrics = {key: rows.metrics(key, reference, device_of(pipe)) for key in keys}
+    metrics = {key: rows.metrics(key, reference, device_of(teacher.pipe)) for key in keys}
     of_teacher = [ImageRow(TEACHER, metrics[TEACHER])] if metrics[TEACHER] else []
     return ImageMetrics(
         settings.num_images,
         settings.feature_network,
-        f"the teacher's of {teacher_steps} steps" if reference == TEACHER else str(settings.reference),
+        f"the teacher's of {teacher.steps} steps" if reference == TEACHER else str(settings.reference),
         {n: [*(ImageRow(name, metrics[n, name]) for name in each), *of_teacher] for n, each in samplers.items()},
     )
 

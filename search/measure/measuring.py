@@ -2,11 +2,10 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver import SearchedSolver, solver_from_scheduler
 from diffusers_searched_solver.check import FINALISTS, teacher_solver
@@ -18,11 +17,9 @@ from ..known.race import race, race_errors, rivals
 from ..launch.journal import Journal
 from ..launch.processes import agree, in_order
 from ..launch.progress import Progress
-from ..pipeline.field import PipelineField
+from ..pipeline.noises import portion_end
 from ..pipeline.rollout import Batch, rollout, root_mean_square, sample_errors
-from ..teacher.batches import TEACHER_SHARE, Samples, count_batches, in_parts, merged, pipeline_calls, stream_batches
-from ..teacher.cache import TeacherCache
-from ..teacher.noises import portion_end
+from ..teacher.batches import TEACHER_SHARE, Samples, Teacher, count_batches, in_parts, open_field, pipeline_calls
 from ..teacher.splits import EVALUATION_SEEDS, TUNING_SEEDS, make_noises, split_seeds, turned
 from .equivalent import TIMES, Equivalent, equivalent, farther_tables
 from .evaluate import OWN, SEARCHED, Comparison, Row, format_table
@@ -76,40 +73,33 @@ class Measurement:
     How solvers of a pipeline are measured.
 
     Args:
-        pipe, conditions: The pipeline, and keyword arguments of its call that make one sample each, used in turn.
-        teacher_steps (`int`): Of the teacher that they were fitted to.
+        teacher: That they were fitted to.
+        conditions: Keyword arguments of the pipeline's call that make one sample each, used in turn.
+        seed (`int`): As in `Settings`.
         full (`bool`): Whether all rivals are measured on all noises, by a finer teacher.
         num_samples (`int`): Noises at most.
         budget (`float`): Evaluations of one sample at most, but for those of the first two rounds.
-        seed, batch_size (`int`): As in `Settings`.
-        cache: Where the teacher's end points are kept.
-        journal: Remembers what was measured; made with what counts the network calls.
+        journal: Remembers what was measured.
         progress: Is told.
     """
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
+        teacher: Teacher,
         conditions: Sequence[Mapping],
-        teacher_steps: int,
+        seed: int,
         full: bool,
         num_samples: int,
         budget: float,
-        seed: int,
-        batch_size: int,
-        cache: TeacherCache,
         journal: Journal,
         progress: Progress,
     ):
-        self.pipe, self.conditions, self.teacher_steps, self.full = pipe, conditions, teacher_steps, full
-        self.num_samples, self._left, self._seed, self._batch_size = num_samples, budget, seed, batch_size
-        self._cache, self.journal, self.progress = cache, journal, progress
+        self.fitted, self.conditions, self._seed = teacher, conditions, seed
+        self.full, self.num_samples, self._left = full, num_samples, budget
+        self.journal, self.progress = journal, progress
         self._spent_before, self._tuning_calls = journal.spent, 0
-
-    @property
-    def measuring_steps(self) -> int:
-        """Steps of the teacher whose ends are the goal."""
-        return FINER * self.teacher_steps if self.full else self.teacher_steps
+        # Whose ends are the goal.
+        self.teacher = replace(teacher, steps=FINER * teacher.steps) if full else teacher
 
     @property
     def network_calls(self) -> int:
@@ -134,15 +124,15 @@ class Measurement:
         equivalents = self._in_rounds(comparisons)
         results = {n: comparison.rows() for n, comparison in comparisons.items()}
         for n, rows in results.items():
-            title = f"{n} steps, distance to the end of a teacher of {self.measuring_steps} steps on held-out noises"
+            title = f"{n} steps, distance to the end of a teacher of {self.teacher.steps} steps on held-out noises"
             self.progress.write(f"\n{title}\n{format_table(rows)}")
         found = self.journal.remember(lambda: agree(self._along_the_way(comparisons, teacher_error)))
-        _warn_of_teacher(found["teacher_error"], self.teacher_steps, results)
+        _warn_of_teacher(found["teacher_error"], self.fitted.steps, results)
         return Evaluation(
             command=command,
             depth="full" if self.full else "auto",
             num_samples=max(row.num_samples for rows in results.values() for row in rows),
-            teacher_steps=self.measuring_steps,
+            teacher_steps=self.teacher.steps,
             teacher_error=found["teacher_error"],
             network_calls=self.network_calls,
             results=results,
@@ -152,9 +142,8 @@ class Measurement:
 
     def tune(self, step_counts: Sequence[int]) -> dict[int, list[KnownTable]]:
         """By number of steps the tables that may be the best, on noises that nothing else is measured on."""
-        config = self.pipe.scheduler.config
-        settings = self.teacher_steps, self._batch_size, self.journal.calls, self._cache
-        noises = make_noises(self.pipe, self.conditions, self._seed, TUNING_SEEDS, *settings)
+        config = self.teacher.pipe.scheduler.config
+        noises = make_noises(self.fitted, self.conditions, self._seed, TUNING_SEEDS)
         tables = {n: known_tables(config, n) for n in step_counts}
         standings = {n: race(each, noises, portion_end, self.journal.remember) for n, each in tables.items()}
         noises.close()
@@ -163,7 +152,7 @@ class Measurement:
 
     def _rivals(self, tuned: Sequence[KnownTable], num_steps: int) -> list[KnownTable]:
         """These, and the pipeline's own scheduler where it is a table."""
-        scheduler = self.pipe.scheduler
+        scheduler = self.teacher.pipe.scheduler
         try:
             own = [KnownTable(OWN, type(scheduler).__name__, solver_from_scheduler(scheduler, num_steps), True)]
         except ValueError as error:
@@ -178,14 +167,14 @@ class Measurement:
         """
         rounds = [*(end for end in ROUNDS if end < self.num_samples), self.num_samples]
         rounds = list(dict.fromkeys((rounds[0], rounds[-1]))) if self.full else rounds
-        config, second, equivalents, start = self.pipe.scheduler.config, min(1, len(rounds) - 1), {}, 0
+        config, second, equivalents, start = self.teacher.pipe.scheduler.config, min(1, len(rounds) - 1), {}, 0
         for number, stop in enumerate(rounds):
             racing = {n: each for n, each in comparisons.items() if number < 2 or not each.is_decided}
             tables = [each.solvers[name] for each in racing.values() for name in each.racing]
             best = {n: each.rivals[each.best_of_diffusers] for n, each in racing.items()}
             farther = {n: farther_tables(config, table) for n, table in best.items() if number == second}
             more = [table.solver for each in farther.values() for table in each]
-            cost = (stop - start) * (self.measuring_steps + sum(table.num_steps for table in tables + more))
+            cost = (stop - start) * (self.teacher.steps + sum(table.num_steps for table in tables + more))
             if not racing or not self.full and number > 1 and cost > self._left:
                 break
             errors = iter(self._errors(start, stop, tables + more))
@@ -215,10 +204,9 @@ class Measurement:
             return errors[:, :count] if twice else errors
 
         def compute() -> list:
-            settings = self._batch_size, self.measuring_steps, self.journal.calls, self._cache
-            stream = stream_batches(self.pipe, conditions, seeds, *settings)
-            num_batches = count_batches(conditions, len(seeds), self._batch_size)
-            return torch.cat(list(in_order(stream, num_batches, of_batch)), 1).tolist()
+            num_batches = count_batches(conditions, len(seeds), self.teacher.batch_size)
+            found = in_order(self.teacher.stream(conditions, seeds), num_batches, of_batch)
+            return torch.cat(list(found), 1).tolist()
 
         return torch.tensor(self.journal.remember(compute), dtype=torch.float64, device="cpu")
 
@@ -226,18 +214,18 @@ class Measurement:
         """The teacher's error, if it is not known, and trajectories, on the first noises by the main process."""
         if not PartialState().is_main_process:
             return None
-        seeds = split_seeds(self._seed, EVALUATION_SEEDS, self._batch_size)
+        seeds = split_seeds(self._seed, EVALUATION_SEEDS, self.teacher.batch_size)
         samples = pipeline_calls(turned(self.conditions, seeds, self._seed, EVALUATION_SEEDS), seeds, len(seeds))[0]
 
         def found(samples: Samples, _) -> dict:
-            field = PipelineField(self.pipe, merged(samples), [seed for _, seed in samples], self.journal.calls)
+            field = open_field(self.teacher.pipe, samples, self.teacher.calls)
             error = teacher_error
             if error is None or self.full:
-                ends = (rollout(field, teacher_solver(field.process, n * self.teacher_steps)) for n in (1, FINER))
+                ends = (rollout(field, teacher_solver(field.process, n * self.fitted.steps)) for n in (1, FINER))
                 error = root_mean_square(sample_errors(*ends))
-            teacher = teacher_trajectory(field, self.measuring_steps)
+            trajectory = teacher_trajectory(field, self.teacher.steps)
             rows = {
-                n: compare_trajectories(each.solvers[SEARCHED], each.best_of(CLASSICAL).solver, field, teacher)
+                n: compare_trajectories(each.solvers[SEARCHED], each.best_of(CLASSICAL).solver, field, trajectory)
                 for n, each in comparisons.items()
             }
             field.close()
@@ -246,7 +234,7 @@ class Measurement:
                 "trajectories": {n: [vars(r) for r in each] for n, each in rows.items()},
             }
 
-        return next(in_parts(self.pipe, found, samples))
+        return next(in_parts(self.teacher.pipe, found, samples))
 
 
 def measuring_evaluations(

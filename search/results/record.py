@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from diffusers_searched_solver import pipelines
+from diffusers_searched_solver import SearchedSolver, pipelines
 
 from ..known.contest import Number
 from ..measure.evaluate import Summary
@@ -213,6 +213,20 @@ class Report:
             names = ("results", "equivalents", "trajectories")
             evaluation = replace(evaluation, **_joined(earlier.evaluation, evaluation, names))
         return replace(self, search=search, evaluation=evaluation)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """
+    What an earlier search has left in a folder.
+
+    Args:
+        report (*optional*): Its own.
+        solvers: By number of steps.
+    """
+
+    report: Report | None = None
+    solvers: dict[int, SearchedSolver] = field(default_factory=dict)
 
 
 def _joined(earlier, later, names) -> Mapping[str, dict]:

@@ -9,9 +9,9 @@ from diffusers import DiffusionPipeline
 from diffusers_searched_solver.trial import Trial, UnsuitableCallError, check_arguments, try_call
 
 from ..pipeline.conditions import variant_of
-from ..pipeline.field import Alone, FieldError, NetworkCalls, PipelineField, merge_conditions
+from ..pipeline.field import Alone, FieldError, NetworkCalls, PipelineField
 from ..pipeline.rollout import node_of
-from .batches import pipeline_calls
+from .batches import open_field, pipeline_calls
 
 
 logger = logging.getLogger(__name__)
@@ -141,8 +141,7 @@ def _reason_against_merging(pipe: DiffusionPipeline, conditions: Sequence[Mappin
     calls, fields = NetworkCalls(pipe), []
     try:
         for samples in ([pair[0]], [pair[1]], pair):
-            merged = samples[0][0] if len(samples) == 1 else merge_conditions(samples[0][0], samples[1][0])
-            fields.append(PipelineField(pipe, merged, [seed for _, seed in samples], calls))
+            fields.append(open_field(pipe, samples, calls))
         return _difference(*fields)
     except FieldError as error:
         return f"two in one call fail ({error.__cause__ or error})".replace("\n", " ")[:200]

@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -32,62 +33,60 @@ T = TypeVar("T")
 _TOO_MANY: MutableMapping[DiffusionPipeline, int] = WeakKeyDictionary()
 
 
-def make_batches(
-    pipe: DiffusionPipeline,
-    conditions: Sequence[Mapping],
-    seeds: Sequence[int],
-    batch_size: int,
-    teacher_steps: int,
-    calls: NetworkCalls,
-    cache: TeacherCache = NO_CACHE,
-    first: int = 0,
-) -> list[Batch]:
+@dataclass(frozen=True)
+class Teacher:
     """
-    Samples with the teacher's end points.
+    How the samples of a pipeline and their goals are made.
 
     Args:
         pipe: The pipeline to search for.
-        conditions: Keyword arguments of a call that makes one sample each; used in turn.
-        seeds: One for each sample.
+        steps (`int`): Of the run whose ends are the goal, at least 3.
         batch_size (`int`): Samples of one pipeline call at most; conditions that cannot share a call get their own,
             and a call that runs out of memory is made in two halves.
-        teacher_steps (`int`): Steps of the teacher, at least 3.
         calls: Counts the network calls.
         cache: Where end points are kept.
-        first (`int`): The number of the first of these calls among all.
-
-    Returns:
-        `list[Batch]`: This process's, in the order of the seeds, except that samples with different call arguments are
-            apart.
-
-    Raises:
-        ValueError: If an end point is not finite.
     """
-    stream = stream_batches(pipe, conditions, seeds, batch_size, teacher_steps, calls, cache, first)
-    return [batch for batches in stream for batch in batches]
 
+    pipe: DiffusionPipeline
+    steps: int
+    batch_size: int
+    calls: NetworkCalls
+    cache: TeacherCache = NO_CACHE
 
-def stream_batches(
-    pipe: DiffusionPipeline,
-    conditions: Sequence[Mapping],
-    seeds: Sequence[int],
-    batch_size: int,
-    teacher_steps: int,
-    calls: NetworkCalls,
-    cache: TeacherCache = NO_CACHE,
-    first: int = 0,
-) -> Iterator[list[Batch]]:
-    """The batches of `make_batches` as they are asked for: one at a time, or its parts where memory was short."""
+    def batches(self, conditions: Sequence[Mapping], seeds: Sequence[int], first: int = 0) -> list[Batch]:
+        """
+        Samples with the teacher's end points.
 
-    def batch(samples: Samples, index: tuple[int, ...]) -> Batch:
-        field = PipelineField(pipe, merged(samples), [seed for _, seed in samples], calls)
-        end = cache.end(field, teacher_solver(field.process, teacher_steps), calls)
+        Args:
+            conditions: Keyword arguments of a call that makes one sample each; used in turn.
+            seeds: One for each sample.
+            first (`int`): The number of the first of these calls among all.
+
+        Returns:
+            `list[Batch]`: This process's, in the order of the seeds, except that samples with different call arguments
+                are apart.
+
+        Raises:
+            ValueError: If an end point is not finite.
+        """
+        return [batch for batches in self.stream(conditions, seeds, first) for batch in batches]
+
+    def stream(self, conditions: Sequence[Mapping], seeds: Sequence[int], first: int = 0) -> Iterator[list[Batch]]:
+        """The same as they are asked for: one at a time, or its parts where memory was short."""
+        numbered = list(enumerate(pipeline_calls(conditions, seeds, self.batch_size), first))
+        for index, samples in share(numbered, first):
+            yield list(in_parts(self.pipe, self._batch, samples, (index,)))
+
+    def _batch(self, samples: Samples, index: tuple[int, ...]) -> Batch:
+        field = open_field(self.pipe, samples, self.calls)
+        end = self.cache.end(field, teacher_solver(field.process, self.steps), self.calls)
         _check_finite(end, samples)
         return Batch(field, end.cpu(), index)
 
-    numbered = list(enumerate(pipeline_calls(conditions, seeds, batch_size), first))
-    for index, samples in share(numbered, first):
-        yield list(in_parts(pipe, batch, samples, (index,)))
+
+def open_field(pipe: DiffusionPipeline, samples: Samples, calls: NetworkCalls) -> PipelineField:
+    """The field of one call that makes these samples."""
+    return PipelineField(pipe, merged(samples), [seed for _, seed in samples], calls)
 
 
 def merged(samples: Samples) -> dict:

@@ -9,13 +9,13 @@ from diffusers import DiffusionPipeline
 
 from ..launch.network_calls import NetworkCalls
 from ..pipeline.readying import device_of
-from .batches import make_batches
+from .batches import Teacher
 
 
 def inference_memory(pipe: DiffusionPipeline, condition: Mapping, batch_size: int) -> float:
     """Peak memory in bytes after an ordinary run of as many samples as one call of the search has."""
     calls = NetworkCalls(pipe)
-    for batch in make_batches(pipe, [condition], list(range(batch_size)), batch_size, 8, calls):
+    for batch in Teacher(pipe, 8, batch_size, calls).batches([condition], range(batch_size)):
         batch.field.close()
     calls.remove()
     return peak_memory(device_of(pipe))

@@ -2,13 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from diffusers import DiffusionPipeline
-
-from ..launch.network_calls import NetworkCalls
+from ..pipeline.noises import Noises
 from ..pipeline.rollout import Batch
-from .batches import NO_CACHE, make_batches, pipeline_calls
-from .cache import TeacherCache
-from .noises import Noises
+from .batches import Teacher, count_batches
 
 
 # Where each split's seeds begin. `check_solver` takes those from 9,000,000 on.
@@ -24,14 +20,10 @@ def split_seeds(seed: int, split: int, count: int) -> list[int]:
 
 
 def make_noises(
-    pipe: DiffusionPipeline,
+    teacher: Teacher,
     conditions: Sequence[Mapping],
     seed: int,
     split: int,
-    teacher_steps: int,
-    batch_size: int,
-    calls: NetworkCalls,
-    cache: TeacherCache = NO_CACHE,
     order: Sequence[int] = (),
     strata: Mapping[int, float] = {},  # noqa: B006
 ) -> Noises:
@@ -46,10 +38,10 @@ def make_noises(
 
     def make(start: int, stop: int, first: int) -> tuple[list[Batch], int]:
         of_noises = turned(conditions, seeds[start:stop], seed, split)
-        count = len(pipeline_calls(of_noises, seeds[start:stop], batch_size))
-        return make_batches(pipe, of_noises, seeds[start:stop], batch_size, teacher_steps, calls, cache, first), count
+        count = count_batches(of_noises, stop - start, teacher.batch_size)
+        return teacher.batches(of_noises, seeds[start:stop], first), count
 
-    return Noises(make, lambda: calls.count, seeds.__getitem__, strata)
+    return Noises(make, lambda: teacher.calls.count, seeds.__getitem__, strata)
 
 
 def turned(conditions: Sequence[Mapping], seeds: Sequence[int], seed: int, split: int) -> list[Mapping]:

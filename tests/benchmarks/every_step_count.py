@@ -25,7 +25,7 @@ from search.known.baselines import known_tables
 from search.known.race import table_errors
 from search.launch.network_calls import NetworkCalls
 from search.pipeline.loading import load_pipeline
-from search.teacher.batches import make_batches
+from search.teacher.batches import Teacher
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -42,7 +42,7 @@ def print_rows(name: str):
     else:
         pipe, conditions, file = importlib.import_module("galaxies").pipeline(name), [{}], None
     calls, seeds = NetworkCalls(pipe), list(range(FIRST_SEED, FIRST_SEED + NOISES))
-    batches = make_batches(pipe, conditions, seeds, NOISES, TEACHER_STEPS, calls)
+    batches = Teacher(pipe, TEACHER_STEPS, NOISES, calls).batches(conditions, seeds)
     classical = SearchedSolverScheduler.from_config(pipe.scheduler.config)
     for num_steps in STEP_COUNTS:
         classical.set_timesteps(num_steps)

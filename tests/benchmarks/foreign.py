@@ -27,7 +27,7 @@ from search.known.contest import Contest
 from search.known.race import table_errors
 from search.launch.journal import Journal
 from search.pipeline.field import NetworkCalls
-from search.teacher.batches import BATCH_SIZE, TEACHER_STEPS, make_batches
+from search.teacher.batches import BATCH_SIZE, TEACHER_STEPS, Teacher
 from search.teacher.cache import TeacherCache
 from search.teacher.splits import EVALUATION_SEEDS, split_seeds
 
@@ -42,8 +42,9 @@ def measure(name: str, make_pipeline, step_counts, seeds) -> list[list[str]]:
     calls = NetworkCalls(pipe)
     cache = TeacherCache(cached_assets_path("diffusers_searched_solver", "benchmarks", "teacher"))
     held_out = split_seeds(0, EVALUATION_SEEDS, HELD_OUT)
-    held_out = make_batches(pipe, [{}], held_out, MEASURING_BATCH, MEASURING_STEPS, calls, cache)
-    problems = [search_problem(pipe, [{}], step_counts, s, TEACHER_STEPS, BATCH_SIZE, calls, cache) for s in seeds]
+    held_out = Teacher(pipe, MEASURING_STEPS, MEASURING_BATCH, calls, cache).batches([{}], held_out)
+    teacher = Teacher(pipe, TEACHER_STEPS, BATCH_SIZE, calls, cache)
+    problems = [search_problem(teacher, [{}], step_counts, seed) for seed in seeds]
     for num_steps in step_counts:
         schedulers = [each for each in known_tables(pipe.scheduler.config, num_steps) if each.from_diffusers]
         errors = table_errors(held_out, [each.solver for each in schedulers])

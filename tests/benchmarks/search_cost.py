@@ -73,7 +73,7 @@ def measure_recipe(records: Records, name: str, unguided: Benchmark, guided: Ben
 
     def measure(n):
         curve, before = [], unguided.calls.count
-        for iteration in fit_by_gradient([network], n, Recipe(num_samples=budgets[-1], batch_size=RECIPE_BATCH)):
+        for iteration in fit_by_gradient(network, n, Recipe(num_samples=budgets[-1], batch_size=RECIPE_BATCH)):
             if iteration.num_samples in budgets:
                 point = {"noises": iteration.num_samples, "calls": unguided.calls.count - before}
                 guided_error = guided.measure(iteration.solver)["error"]

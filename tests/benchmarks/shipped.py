@@ -20,7 +20,7 @@ from search.launch.journal import Journal
 from search.pipeline.field import NetworkCalls
 from search.pipeline.loading import load_pipeline
 from search.pipeline.rollout import Batch, endpoint_errors, root_mean_square, sample_errors
-from search.teacher.batches import BATCH_SIZE, TEACHER_STEPS, make_batches
+from search.teacher.batches import BATCH_SIZE, TEACHER_STEPS, Teacher
 from search.teacher.cache import TeacherCache
 from search.teacher.splits import EVALUATION_SEEDS, TUNING_SEEDS, split_seeds
 
@@ -79,8 +79,8 @@ class Benchmark:
     def problem(self, seed: int) -> Problem:
         """What a search with default settings fits."""
         if seed not in self._problems:
-            settings = STEP_COUNTS, seed, TEACHER_STEPS, BATCH_SIZE, self.calls, self._cache
-            self._problems[seed] = search_problem(self.pipe, self.conditions(self.classes), *settings)
+            teacher = Teacher(self.pipe, TEACHER_STEPS, BATCH_SIZE, self.calls, self._cache)
+            self._problems[seed] = search_problem(teacher, self.conditions(self.classes), STEP_COUNTS, seed)
         return self._problems[seed].anew()
 
     @cached_property
@@ -96,8 +96,8 @@ class Benchmark:
         return [batch for of_half in batches for batch in of_half]
 
     def _batches(self, classes: Sequence[int], seeds: Sequence[int]) -> list[Batch]:
-        settings = MEASURING_BATCH, 2 * TEACHER_STEPS, self._measuring_calls, self._cache
-        return make_batches(self.pipe, self.conditions(classes), seeds, *settings)
+        teacher = Teacher(self.pipe, 2 * TEACHER_STEPS, MEASURING_BATCH, self._measuring_calls, self._cache)
+        return teacher.batches(self.conditions(classes), seeds)
 
     def measure(self, solver: SearchedSolver) -> dict:
         """A solver's error on the held-out noises: the root mean square over them, the median and the worst."""

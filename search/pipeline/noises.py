@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..launch.processes import total
-from ..pipeline.rollout import Batch
+from .rollout import Batch
 
 
 # Noises are made in portions that end at these numbers, and then at every GROWTH more.
