@@ -31,7 +31,7 @@ def best_of_kinds(standings: Sequence[Standing], count: int) -> list[KnownTable]
 
 def make_family(problem: Problem, known: SearchedSolver) -> SolverFamily:
     """The solvers around a known one among which a search looks."""
-    return SolverFamily(problem.process, known, problem.offsets, problem.rounding)
+    return SolverFamily(problem.process, known, problem.offsets, problem.rounding, summed=not problem.heavy)
 
 
 def start_grids(process: NoiseProcess, num_steps: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

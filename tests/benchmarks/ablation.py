@@ -4,7 +4,7 @@ What each ingredient of the search buys: the search without it, on held-out nois
     python tests/benchmarks/ablation.py
 
 Each variant is a patch of the search or a family of solvers here; `search/` has no switches for it. Rows go to
-`examples/results/ablation.json` as they come, and are kept when the script runs again. About 15 minutes on one core.
+`examples/results/ablation.json` as they come, and are kept when the script runs again. About 45 minutes on one core.
 """
 
 import itertools
@@ -34,12 +34,19 @@ class AbsoluteCoefficients(SolverFamily):
 
     def __init__(self, process, known, offsets, rounding=0.0):
         super().__init__(process, known, offsets, rounding)
-        self.start[: len(self.rows)] = known.in_frame(FRAME).coefficients[self.rows, self.columns]
+        self.start[: len(self.rows)] = self.sums(known.in_frame(FRAME).coefficients[self.rows, self.columns])
 
     def solver(self, entries: np.ndarray) -> SearchedSolver:
         coefficients = np.zeros((self.num_steps, self.num_steps))
         coefficients[self.rows, self.columns] = entries[: len(self.rows)]
         return replace(super().solver(entries), coefficients=coefficients)
+
+
+class DampedOneByOne(SolverFamily):
+    """Coefficients are damped by their own effects, not by those of differences of predictions."""
+
+    def __init__(self, process, known, offsets, rounding=0.0):
+        super().__init__(process, known, offsets, rounding, summed=False)
 
 
 class RowSumsOfOne(SolverFamily):
@@ -150,6 +157,7 @@ VARIANTS: dict[str, Search] = {
     FULL: search,
     "coefficients that do not follow the nodes": of_family(AbsoluteCoefficients),
     OFFSETS: of_family(SolverFamily, offsets=lambda kind: False),
+    "coefficients damped one by one": of_family(DampedOneByOne),
     "row sums of one": of_family(RowSumsOfOne),
     "all samples weigh alike": weighted(torch.ones_like),
     "weights of one over the squared known error": weighted(torch.square),
