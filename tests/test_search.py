@@ -73,15 +73,32 @@ def test_a_run_that_goes_on_from_a_prefix_is_the_whole_run(pipe, calls):
     assert calls.count - before == 2 * 2 * 2
 
 
-def test_the_entry_jacobian_is_the_derivative_of_the_entries(pipe):
+@pytest.mark.parametrize("summed", [True, False])
+def test_the_entry_jacobian_is_the_derivative_of_the_entries(pipe, summed):
     process = SearchedSolverScheduler.from_config(pipe.scheduler.config).process
-    family = SolverFamily(process, classical(process, 4), offsets=True)
+    family = SolverFamily(process, classical(process, 4), offsets=True, summed=summed)
     vector = family.start + 0.1 * np.sin(np.arange(19))
     analytic = family.entry_jacobian(vector)
     h = 1e-6
     for k, unit in enumerate(np.eye(len(vector))):
         quotient = (family.entries(vector + h * unit) - family.entries(vector - h * unit)) / (2 * h)
         np.testing.assert_allclose(analytic[:, k], quotient, atol=1e-5)
+
+
+@pytest.mark.parametrize("summed", [True, False])
+def test_numbers_of_a_vector_are_weights_of_differences_of_predictions(pipe, summed):
+    process = SearchedSolverScheduler.from_config(pipe.scheduler.config).process
+    family = SolverFamily(process, classical(process, 4), offsets=True, summed=summed)
+    before = family.solver(family.entries(family.start)).coefficients
+    for k, (i, j) in enumerate(zip(family.rows, family.columns, strict=True)):
+        moved = family.start.copy()
+        moved[k] += 0.5
+        change = np.zeros((4, 4))
+        change[i, j] = 0.5
+        if summed and j < i:
+            change[i, j + 1] = -0.5
+        after = family.solver(family.entries(moved)).coefficients
+        np.testing.assert_allclose(after - before, change, atol=1e-12)
 
 
 def test_a_branch_feels_an_entry_no_earlier_than_its_family_says(pipe):

@@ -4,7 +4,7 @@ What each ingredient of the search buys: the search without it, on held-out nois
     python tests/benchmarks/ablation.py
 
 Each variant is a patch of the search or a family of solvers here; `search/` has no switches for it. Rows go to
-`examples/results/ablation.json` as they come, and are kept when the script runs again. About 45 minutes on one core.
+`examples/results/ablation.json` as they come, and are kept when the script runs again. About 35 minutes on one core.
 """
 
 import itertools
@@ -24,8 +24,7 @@ from search.pipeline.field import NetworkCalls
 
 
 STEP_COUNTS = 5, 8
-# The second is for what might become an ingredient.
-GUIDANCES = 2.0, 4.0
+GUIDANCE = 2.0
 Search = Callable[[Problem, int, NetworkCalls], Iterator[SearchedSolver]]
 
 
@@ -62,52 +61,6 @@ class RowSumsOfOne(SolverFamily):
     def searched(self, entries: np.ndarray, times_only: bool) -> list[Entry]:
         diagonal = np.flatnonzero(self.rows == self.columns)
         return [entry for entry in super().searched(entries, times_only) if entry.index not in diagonal]
-
-
-class FreeScales(SolverFamily):
-    """
-    Nodes of any scale: alpha_i and sigma_i are multiplied by exp(s_i), i = 1 ... N - 1.
-
-        entries = (d, tau, o, s),   vector = (d, z, o, s)
-
-    Every state is a weighted sum of the initial noise and the predictions, so coefficients on past states would free
-    one number more a step, the weight of the noise: this one.
-    """
-
-    def __init__(self, process, known, offsets, rounding=0.0):
-        super().__init__(process, known, offsets, rounding)
-        self.start = np.append(self.start, np.zeros(self.num_steps - 1))
-
-    @property
-    def limits(self) -> np.ndarray:
-        return np.append(super().limits, np.ones(self.num_steps - 1))
-
-    def entries(self, vector: np.ndarray) -> np.ndarray:
-        own, scales = self._own_and_scales(vector)
-        return np.append(super().entries(own), scales)
-
-    def entry_jacobian(self, vector: np.ndarray) -> np.ndarray:
-        own = super().entry_jacobian(self._own_and_scales(vector)[0])
-        scales = np.eye(self.num_steps - 1)
-        return np.block(
-            [[own, np.zeros((len(own), len(scales)))], [np.zeros((len(scales), own.shape[1])), scales]],
-        )
-
-    def solver(self, entries: np.ndarray) -> SearchedSolver:
-        own, scales = self._own_and_scales(entries)
-        solver = super().solver(own)
-        factors = np.exp([0, *scales, 0])
-        return replace(solver, alphas=solver.alphas * factors, sigmas=solver.sigmas * factors)
-
-    def searched(self, entries: np.ndarray, times_only: bool) -> list[Entry]:
-        own = self._own_and_scales(entries)[0]
-        found = super().searched(own, times_only)
-        # Node i is where step i - 1 ends, and the next prediction is made there.
-        scales = [Entry(len(own) + i - 1, i - 1, i, 0.01) for i in range(1, self.num_steps)]
-        return found if times_only else found + scales
-
-    def _own_and_scales(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.split(numbers, [1 - self.num_steps])
 
 
 def patched(target, name: str, value) -> Search:
@@ -149,7 +102,7 @@ def from_starts(keep: Callable[[strategy.Contender], bool]) -> Search:
     return patched(strategy._Fit, "_improved", changed)
 
 
-FULL, CANDIDATE = "full", "with free scales of the nodes"
+FULL = "full"
 # The search has them on noise predictions only.
 OFFSETS = "no network times beside the nodes'"
 STAGED = "searched node times"
@@ -164,13 +117,12 @@ VARIANTS: dict[str, Search] = {
     "one step for each Jacobian, no Broyden updates": patched(strategy, "MAX_TRIALS", 1),
     "from searched node times alone": from_starts(lambda start: start.name == STAGED),
     "from known tables alone": from_starts(lambda start: start.name != STAGED),
-    CANDIDATE: of_family(FreeScales),
 }
 
 
-def measure(records: Records, name: str, bench: Benchmark, seed: int, variants):
-    """Variants of the search for one pipeline, guidance scale and seed."""
-    for num_steps, variant in itertools.product(STEP_COUNTS, variants):
+def measure(records: Records, name: str, bench: Benchmark, seed: int):
+    """Variants of the search for one pipeline and seed."""
+    for num_steps, variant in itertools.product(STEP_COUNTS, VARIANTS):
         problem = bench.problem(seed)
         if variant == OFFSETS and problem.prediction_type == "flow_prediction":
             continue
@@ -181,18 +133,18 @@ def measure(records: Records, name: str, bench: Benchmark, seed: int, variants):
             spent = bench.calls.count - problem.calls - start
             return {"calls": problem.charged + spent, **bench.measure(solver)}
 
-        key = {"pipeline": name, "guidance": bench.guidance_scale, "num_steps": num_steps, "seed": seed}
+        key = {"pipeline": name, "num_steps": num_steps, "seed": seed}
         records.add(run, **key, variant=variant)
 
 
 def main():
     records = Records("ablation")
-    for guidance, name in itertools.product(GUIDANCES, PIPELINES):
-        bench = Benchmark(name, guidance)
+    for name in PIPELINES:
+        bench = Benchmark(name, GUIDANCE)
         for seed in SEEDS:
-            measure(records, name, bench, seed, VARIANTS if guidance == GUIDANCES[0] else (FULL, CANDIDATE))
+            measure(records, name, bench, seed)
         bench.close()
-    records.write_tables([ingredients(records), candidate(records)])
+    records.write_tables([ingredients(records)])
 
 
 def ingredients(records: Records) -> str:
@@ -200,22 +152,11 @@ def ingredients(records: Records) -> str:
     cells = list(itertools.product(PIPELINES, STEP_COUNTS))
     rows = []
     for variant in VARIANTS:
-        settings = [{"pipeline": name, "num_steps": n, "guidance": GUIDANCES[0]} for name, n in cells]
+        settings = [{"pipeline": name, "num_steps": n} for name, n in cells]
         rows.append([variant, *(_ratios(records, variant, **setting) for setting in settings)])
-        rows[-1].append(spread((row["calls"] for row in records.select(variant=variant, guidance=GUIDANCES[0])), 0))
+        rows[-1].append(spread((row["calls"] for row in records.select(variant=variant)), 0))
     title = "Held-out error over that of the full search with the same seed (mean and range of three), and calls:\n\n"
     return title + markdown(["search", *(f"{name}, {n}" for name, n in cells), "network calls"], rows)
-
-
-def candidate(records: Records) -> str:
-    """What free scales would buy."""
-    rows = [
-        [f"{name}, guidance {guidance:g}"]
-        + [_ratios(records, CANDIDATE, pipeline=name, num_steps=n, guidance=guidance) for n in STEP_COUNTS]
-        for name, guidance in itertools.product(PIPELINES, GUIDANCES)
-    ]
-    title = "Free scales of the intermediate nodes, error over that of the full search with the same seed:\n\n"
-    return title + markdown(["pipeline", *(f"N = {n}" for n in STEP_COUNTS)], rows)
 
 
 def _ratios(records: Records, variant: str, **key) -> str:
