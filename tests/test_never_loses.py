@@ -22,7 +22,8 @@ from search import find_solver
 from search.fit import strategy
 from search.fit.gauss_newton import confined_step
 from search.fit.parameters import SolverFamily
-from search.fit.problem import HEAVY, _evenness, _of_their_like, _stratified, search_problem
+from search.fit.problem import HEAVY, search_problem
+from search.fit.screening import evenness, of_their_like, stratified
 from search.fit.strategy import fit_solver
 from search.known.baselines import CLASSICAL, KnownTable, at_other_steps, diffusers_schedulers, known_tables
 from search.known.contest import Contest, score
@@ -275,7 +276,7 @@ def test_errors_that_are_not_finite_or_zero_have_a_place():
 
 def test_strata_weigh_as_many_as_there_are_of_them():
     seeds, distances = list(range(100, 164)), np.linspace(0, 1, 64) ** 8
-    order, strata = _stratified(seeds, distances, spacing=2)
+    order, strata = stratified(seeds, distances, spacing=2)
     assert sorted(order) == seeds
     assert order[0:16:2] == seeds[-8:]
     weights = Weights(order[:16], strata)._weights
@@ -288,18 +289,18 @@ def test_noises_of_a_higher_guidance_scale_are_not_hard_for_it():
     alike = np.random.default_rng(0).uniform(0.5, 1, 32)
     variants = [(scale,) for scale in (1.0, 4.0)] * 16
     distances = alike * np.tile([1.0, 20.0], 16)
-    assert _evenness(distances) < HEAVY < _evenness(_of_their_like(distances, variants))
+    assert evenness(distances) < HEAVY < evenness(of_their_like(distances, variants))
     hard = np.array(distances)
     hard[4] *= 30
-    assert _of_their_like(hard, variants).argmax() == 4
+    assert of_their_like(hard, variants).argmax() == 4
 
 
 def test_a_few_noises_that_have_most_of_the_squares_are_noticed():
     normal = np.random.default_rng(0).uniform(0.5, 1, 32)
-    assert _evenness(np.ones(8)) == _evenness(np.zeros(8)) == 1
-    assert _evenness([*np.zeros(7), 1]) == pytest.approx(1 / 8)
-    assert _evenness([*normal[1:], 20.0]) < HEAVY < _evenness(normal)
-    assert _evenness([*normal[1:], np.inf]) == _evenness([*normal[1:], np.nan]) == pytest.approx(1 / 32)
+    assert evenness(np.ones(8)) == evenness(np.zeros(8)) == 1
+    assert evenness([*np.zeros(7), 1]) == pytest.approx(1 / 8)
+    assert evenness([*normal[1:], 20.0]) < HEAVY < evenness(normal)
+    assert evenness([*normal[1:], np.inf]) == evenness([*normal[1:], np.nan]) == pytest.approx(1 / 32)
 
 
 def test_where_a_few_noises_are_much_harder_the_search_is_better_on_others_too(one_thread):

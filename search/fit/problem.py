@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
@@ -14,23 +13,20 @@ from diffusers_searched_solver import (
     NoiseProcess,
     SearchedSolver,
     SearchedSolverScheduler,
-    solver_from_scheduler,
     time_grid,
 )
 from diffusers_searched_solver.check import teacher_solver
-from diffusers_searched_solver.rivals import diffusers_schedulers
 
-from ..known.contest import TINY, finite
-from ..known.race import FirstPredictions
-from ..launch.processes import agree, everyone, gather, share, total
-from ..pipeline.conditions import one_of_each, variant_of
+from ..launch.processes import agree, gather, total
+from ..pipeline.conditions import one_of_each
 from ..pipeline.field import NetworkCalls, PipelineField
 from ..pipeline.noises import Noises
 from ..pipeline.rollout import endpoint_errors, rollout, root_mean_square, sample_errors
 from ..pipeline.rounding import rounding_error
-from ..teacher.batches import TEACHER_SHARE, Samples, Teacher, in_parts, open_field, pipeline_calls
-from ..teacher.splits import CONFIRMING_SEEDS, JUDGING_SEEDS, TRAIN_SEEDS, make_noises, split_seeds, turned
+from ..teacher.batches import TEACHER_SHARE, Teacher
+from ..teacher.splits import CONFIRMING_SEEDS, JUDGING_SEEDS, TRAIN_SEEDS, make_noises
 from .parameters import FRAME
+from .screening import HARD, Screening, screening_evaluations
 
 
 logger = logging.getLogger(__name__)
@@ -38,13 +34,9 @@ logger = logging.getLogger(__name__)
 MOST_TEACHER_STEPS = 1024
 # The noises on which the teacher is tried.
 TEACHER_NOISES = 4
-# Noises that are looked at to see whether a few are much harder than others, and how uneven they may be for as many
-# more to be looked at: samples of 32 are between 0.09 and 0.76 on networks of galaxies and 0.63 and 0.89 on those of
-# digits, of 64 between 0.06 and 0.52 and 0.68 and 0.86. Heavy are those below HEAVY. Then SCREENED of those to fit
-# and of those that judge are screened, of which one in HARD is of the hard ones, and there are more noises and calls,
-# and even more noises that judge.
-FEW, UNSURE, HEAVY, SCREENED, HARD = 32, 0.8, 0.55, 128, 8
-SCREENING_FAMILIES, SCREENING_STEPS = ("UniPC 3", "DPM-Solver++(2M)"), 4
+# Below this evenness a few noises are much harder than others. Then there are so many times as many noises and calls,
+# and so many times as many again that judge.
+HEAVY = 0.55
 HEAVY_FACTOR, HEAVY_JUDGES, HEAVY_CALLS = 2, 2, 2.5
 # What halving the steps of a method of third order multiplies its error with, less one: that is in the difference.
 HALVED = 2**3 - 1
@@ -152,37 +144,22 @@ def search_problem(teacher: Teacher, conditions: Sequence[Mapping], step_counts:
     own = SearchedSolverScheduler.from_config(pipe.scheduler.config)
     before = calls.count
 
-    def disagreements(split: int, start: int, stop: int) -> list[float]:
-        seeds = split_seeds(seed, split, stop)[start:]
-        return _disagreements(teacher, turned(conditions, seeds, seed, split), seeds)
+    screening = Screening(teacher, conditions, seed)
+    evenness = screening.evenness()
+    # Of those that judge the hard ones come first: on these, what is known races.
+    spacings = {TRAIN_SEEDS: HARD // 2, JUDGING_SEEDS: 1} if evenness < HEAVY else {}
+    orders = {split: screening.stratified(split, spacing) for split, spacing in spacings.items()}
 
-    def of_their_like(split: int, distances: Sequence[float]) -> np.ndarray:
-        seeds = split_seeds(seed, split, len(distances))
-        return _of_their_like(distances, [variant_of(each) for each in turned(conditions, seeds, seed, split)])
+    def noises(split: int, teacher: Teacher) -> Noises:
+        return make_noises(teacher, conditions, seed, split, *orders.get(split, ()))
 
-    def screened(split: int, spacing: int, known: Sequence[float] = ()) -> tuple[list[int], dict[int, float]]:
-        distances = of_their_like(split, [*known, *disagreements(split, len(known), SCREENED)])
-        return _stratified(split_seeds(seed, split, len(distances)), distances, spacing)
-
-    of_train = disagreements(TRAIN_SEEDS, 0, FEW)
-    if _evenness(of_their_like(TRAIN_SEEDS, of_train)) < UNSURE:
-        of_train += disagreements(TRAIN_SEEDS, FEW, 2 * FEW)
-    evenness = _evenness(of_their_like(TRAIN_SEEDS, of_train))
-    heavy = evenness < HEAVY
-    train_order = screened(TRAIN_SEEDS, HARD // 2, of_train) if heavy else ()
-    # The hard ones come first: on these, what is known races.
-    judging_order = screened(JUDGING_SEEDS, 1) if heavy else ()
-
-    def noises(split: int, teacher: Teacher, order: Sequence[int] = (), strata: Mapping[int, float] = {}) -> Noises:  # noqa: B006
-        return make_noises(teacher, conditions, seed, split, order, strata)
-
-    found = _good_teacher(teacher, lambda each: noises(TRAIN_SEEDS, each, *train_order), own.process, max(step_counts))
+    found = _good_teacher(teacher, lambda each: noises(TRAIN_SEEDS, each), own.process, max(step_counts))
     train, teacher, error = found
     per_evaluation = agree(calls_per_evaluation(pipe, conditions, calls) if PartialState().is_main_process else None)
     first = train.between(0, 1)
     rounding = agree(rounding_error(first[0].field) if PartialState().is_main_process else None)
     elements = agree(first[0].field.shape[1:].numel() if PartialState().is_main_process else None)
-    judging = noises(JUDGING_SEEDS, teacher, *judging_order)
+    judging = noises(JUDGING_SEEDS, teacher)
     setup = total(calls.count - before) - train.calls
     kind = own.config.prediction_type
     return Problem(
@@ -227,66 +204,7 @@ def _good_teacher(
 
 def setup_evaluations(teacher_steps: int, most_steps: int) -> int:
     """Evaluations of one sample for screening, and until the teacher is good enough on a few noises."""
-    return int(
-        1.5 * FEW * len(SCREENING_FAMILIES) * SCREENING_STEPS + TEACHER_NOISES * (1.5 * teacher_steps + 3 * most_steps)
-    )
-
-
-def _disagreements(teacher: Teacher, conditions: Sequence[Mapping], seeds: Sequence[int]) -> list[float]:
-    """
-    How far two usual solvers of few steps end from each other, noise by noise: no teacher is needed to see which
-    noises are hard. On a network of galaxies, the eighth of the noises on which they disagree most carries 84 to 93 %
-    of the squared error of other solvers.
-    """
-    config = teacher.pipe.scheduler.config
-    families = diffusers_schedulers(config)
-    solvers = [
-        solver_from_scheduler(next(iter(families[family].values())), SCREENING_STEPS) for family in SCREENING_FAMILIES
-    ]
-    numbered = pipeline_calls(conditions, seeds, teacher.batch_size)
-
-    def distances(samples: Samples, _) -> list[tuple[int, float]]:
-        field = open_field(teacher.pipe, samples, teacher.calls)
-        shared = FirstPredictions(field)
-        ends = (rollout(field, solver, shared.beginning(solver)) for solver in solvers)
-        found = sample_errors(next(ends), next(ends)).tolist()
-        field.close()
-        # Pipelines with guidance may have every sample twice.
-        return list(zip(field.seeds, found, strict=False))
-
-    parts = [part for samples in share(numbered) for part in in_parts(teacher.pipe, distances, samples)]
-    by_seed = dict(everyone([pair for part in parts for pair in part]))
-    return [by_seed[each] for each in seeds]
-
-
-def _of_their_like(distances: Sequence[float], variants: Sequence[tuple]) -> np.ndarray:
-    """
-    Distances over what is usual of their guidance scale and size: that all are farther at a higher scale makes no
-    noise harder than others.
-    """
-    shares = finite(torch.tensor(distances, device="cpu")).numpy()
-    for variant in {*variants}:
-        of_variant = np.array([each == variant for each in variants])
-        shares[of_variant] /= max(np.median(shares[of_variant]), TINY)
-    return shares
-
-
-def _evenness(distances: Sequence[float]) -> float:
-    """(sum of squares)^2 / (n * sum of their squares): one of n equal ones, 1 / n if one has all."""
-    distances = finite(torch.tensor(distances, device="cpu"))
-    squares = np.square((distances / max(float(distances.max()), TINY)).numpy())
-    spread = len(squares) * np.square(squares).sum()
-    return float(squares.sum() ** 2 / spread) if spread else 1.0
-
-
-def _stratified(seeds: Sequence[int], distances: Sequence[float], spacing: int) -> tuple[list[int], dict[int, float]]:
-    """The seeds with a hard one in every `spacing` at first, and by seed the share of all that are of its stratum."""
-    hardest = {*np.argsort(distances)[::-1][: len(seeds) // HARD].tolist()}
-    hard, easy = ([seed for k, seed in enumerate(seeds) if (k in hardest) == wanted] for wanted in (True, False))
-    order = list(easy)
-    for k, seed in enumerate(hard):
-        order.insert(spacing * k, seed)
-    return order, {each: len(of) / len(seeds) for of in (hard, easy) for each in of}
+    return screening_evaluations() + int(TEACHER_NOISES * (1.5 * teacher_steps + 3 * most_steps))
 
 
 def calls_per_evaluation(pipe: DiffusionPipeline, conditions: Sequence[Mapping], calls: NetworkCalls) -> float:

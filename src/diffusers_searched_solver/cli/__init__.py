@@ -1,6 +1,7 @@
 """The command `searched-solver`: list, show, compare, merge and export solvers, check one, convert checkpoints."""
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -38,13 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="searched-solver", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('diffusers-searched-solver')}")
-    commands = parser.add_subparsers(required=True, metavar="command")
-
-    def command(run: Callable[[argparse.Namespace], int | None], name: str, title: str, **texts):
-        texts = {"help": title, "description": f"{title[0].upper()}{title[1:]}.", **texts}
-        added = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
-        added.set_defaults(run=run)
-        return added
+    command = functools.partial(_command, parser.add_subparsers(required=True, metavar="command"))
 
     add = command(
         list_solvers, "list", "list the solvers that come with the package, or those on the Hub"
@@ -89,6 +84,14 @@ def _parser() -> argparse.ArgumentParser:
 
     convert.add_arguments(command(_convert, "convert", "turn a checkpoint of SiT, DiT or FlowDCN into a pipeline"))
     return parser
+
+
+def _command(commands, run: Callable[[argparse.Namespace], int | None], name: str, title: str, **texts):
+    """The parser of one command, which `run` does."""
+    texts = {"help": title, "description": f"{title[0].upper()}{title[1:]}.", **texts}
+    added = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
+    added.set_defaults(run=run)
+    return added
 
 
 def _check(options: argparse.Namespace) -> int:
