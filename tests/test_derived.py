@@ -156,8 +156,11 @@ def test_a_derived_run_says_so_once_and_from_what(caplog):
         scheduler.set_timesteps(6)
     (record,) = caplog.records
     assert "No solver of 6 steps was searched" in record.message and "from that of 4 and 8 steps" in record.message
+    assert "may be nearer" not in record.message
     scheduler.set_timesteps(8)
     assert len(caplog.records) == 1
+    scheduler.set_timesteps(9)
+    assert "with fewer steps, these may be nearer" in caplog.records[-1].message
 
 
 def test_strict_is_kept_by_saving(tmp_path):

@@ -73,9 +73,10 @@ def said_of_derived(file: SolverFile, num_steps: int) -> str:
     """One line on where the table of a step count comes from that a file lacks."""
     sources = derived_from(file, num_steps)
     source = f"that of {listed(sources)} steps" if sources else "no searched one, but the classical default"
+    end = ": with fewer steps, these may be nearer." if num_steps > file.step_counts[-1] else "."
     return (
-        f"No solver of {num_steps} steps was searched: this run's is derived from {source}. Expect less than from a "
-        f"searched one ({listed(file.step_counts)} steps)."
+        f"No solver of {num_steps} steps was searched: this run's is derived from {source}. Expect less of it than of "
+        f"those that were ({listed(file.step_counts)} steps){end}"
     )
 
 
