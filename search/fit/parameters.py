@@ -63,8 +63,9 @@ class SolverFamily:
         sum_j d_ij p_j = s_ii p_i + sum_{j < i} s_ij (p_j - p_{j+1}),
 
     so what is damped of s is relative to the effects of differences, which leads farther (digits-sit: 0.0069 instead
-    of 0.0080 at 8 steps, 0.0031 instead of 0.0045 at 10). On a network where a few noises are much harder than others,
-    these suffer from large differences (0.71 instead of 0.59 times UniPC's error at 8 steps): there, s = d.
+    of 0.0080 at 8 steps, 0.0031 instead of 0.0045 at 10). But where a few noises are much harder than others, these
+    suffer from large differences (ztf32: 0.71 instead of 0.59 times UniPC's error at 8 steps), and in bfloat16
+    differences are rounding (digits-sit: 0.0147 instead of 0.0138): there, s = d.
 
     A flow-matching run begins at pure noise whatever the first network time. If the network predicts velocities, the
     nodes matter only through the coefficients and d already frees those, so o would be redundant and stays as it is.

@@ -9,7 +9,7 @@ from diffusers_searched_solver import NoiseProcess, SearchedSolver, time_grid
 from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, at_other_steps, in_one_kind
 from ..known.race import Standing
 from .budget import FIRST_NOISES
-from .parameters import SolverFamily
+from .parameters import EXACT, SolverFamily
 from .problem import Problem
 
 
@@ -31,7 +31,9 @@ def best_of_kinds(standings: Sequence[Standing], count: int) -> list[KnownTable]
 
 def make_family(problem: Problem, known: SearchedSolver) -> SolverFamily:
     """The solvers around a known one among which a search looks."""
-    return SolverFamily(problem.process, known, problem.offsets, problem.rounding, summed=not problem.heavy)
+    # Hard noises and rounding are what spoils differences of predictions.
+    summed = not problem.heavy and problem.rounding <= EXACT
+    return SolverFamily(problem.process, known, problem.offsets, problem.rounding, summed)
 
 
 def start_grids(process: NoiseProcess, num_steps: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
