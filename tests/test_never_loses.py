@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from search.fit.gauss_newton import confined_step
 from search.fit.parameters import SolverFamily
 from search.fit.problem import HEAVY, search_problem
 from search.fit.screening import evenness, of_their_like, stratified
+from search.fit.starts import make_family
 from search.fit.strategy import fit_solver
 from search.known.baselines import CLASSICAL, KnownTable, at_other_steps, diffusers_schedulers, known_tables
 from search.known.contest import Contest, score
@@ -189,6 +191,25 @@ def test_the_teacher_s_steps_are_doubled_until_its_error_is_a_tenth_of_a_rival_s
         best = min(root_mean_square(endpoint_errors(exact, rival)) for rival in rivals)
         assert own < 0.15 * best
     assert 20 <= found[4,] < found[4, 10]
+
+
+def test_differences_of_predictions_are_trusted_where_neither_hard_noises_nor_rounding_spoil_them(mixture):
+    pipe, _ = mixture
+    calls = NetworkCalls(pipe)
+    problem = search_problem(Teacher(pipe, 64, 4, calls), [{}], [3], 0)
+    known = classical(problem.process, 3)
+
+    def moved_together(problem) -> int:
+        """How many coefficients the first number of a row of two moves."""
+        family = make_family(problem, known)
+        vector = family.start + 0.1 * np.eye(len(family.start))[1]
+        before, after = (family.solver(family.entries(each)).coefficients for each in (family.start, vector))
+        return (np.abs(after - before) > 1e-9).sum()
+
+    of_problems = problem, replace(problem, evenness=0.1), replace(problem, rounding=1e-3)
+    assert [moved_together(each) for each in of_problems] == [2, 1, 1]
+    problem.close()
+    calls.remove()
 
 
 def test_what_a_search_finds_and_is_charged_with_does_not_depend_on_which_step_counts_were_searched_before(mixture):
