@@ -96,7 +96,9 @@ def test_derivatives_on_a_quarter_of_the_elements_lead_as_far(name, monkeypatch)
     pipe = load(name)
     calls = NetworkCalls(pipe)
     conditions = [{"class_labels": [k], "guidance_scale": 1.0} for k in range(10)]
-    train, others = (Teacher(pipe, 48, 16, calls).batches(conditions, list(range(k, k + 16))) for k in (0, 100))
+    # Of sixteen others, one that is far from everything would decide.
+    splits = range(16), range(100, 228)
+    train, others = (Teacher(pipe, 48, 16, calls).batches(conditions, seeds) for seeds in splits)
     process = train[0].field.process
     known = SearchedSolver.adams_bashforth(*start_grids(process, 4)[0], "velocity", order=3)
     family = SolverFamily(process, known, offsets=name == "digits-dit")
@@ -109,7 +111,7 @@ def test_derivatives_on_a_quarter_of_the_elements_lead_as_far(name, monkeypatch)
     for batch in (*train, *others):
         batch.field.close()
     calls.remove()
-    assert errors[0] < 0.9 * root_mean_square(endpoint_errors(others, known))
+    assert errors[0] < 0.7 * root_mean_square(endpoint_errors(others, known))
     assert errors[1] < 1.05 * errors[0]
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from ablation import AbsoluteCoefficients, FreeScales, RowSumsOfOne
+from ablation import AbsoluteCoefficients, DampedOneByOne, RowSumsOfOne
 from rivals import CoefficientsFamily, TimesFamily, cheapest_path, euler_costs
 from shipped import EXAMPLES
 
@@ -19,7 +19,7 @@ from search.pipeline.rollout import Run, recorded_run
 N = 4
 PROCESSES = pytest.mark.parametrize("process", [FlowMatching(), VariancePreserving()], ids=["flow", "vp"])
 FAMILIES = pytest.mark.parametrize(
-    "cls", [TimesFamily, CoefficientsFamily, AbsoluteCoefficients, RowSumsOfOne, FreeScales]
+    "cls", [TimesFamily, CoefficientsFamily, AbsoluteCoefficients, RowSumsOfOne, DampedOneByOne]
 )
 
 
@@ -76,18 +76,6 @@ def test_a_run_feels_an_entry_no_earlier_than_is_said(cls, name):
         assert all(map(torch.equal, run.history[: entry.known], other.history[: entry.known]))
         assert not torch.equal(run.end, other.end)
     field.close()
-
-
-@PROCESSES
-def test_free_scales_have_the_derivatives_that_are_said(process):
-    family = FreeScales(process, classical(process), offsets=True)
-    vector, change = some_vector(family), 1e-6
-    columns = [
-        (family.entries(vector + change * unit) - family.entries(vector - change * unit)) / (2 * change)
-        for unit in np.eye(len(vector))
-    ]
-    # Central differences of times up to 1000 are exact to about 1e-16 * 1000 / 1e-6.
-    np.testing.assert_allclose(family.entry_jacobian(vector), np.stack(columns, 1), atol=1e-5)
 
 
 @PROCESSES
