@@ -52,7 +52,7 @@ class Screening:
         seeds, known = split_seeds(self._seed, split, count), self._distances.setdefault(split, [])
         conditions = turned(self._conditions, seeds, self._seed, split)
         known += disagreements(self._teacher, conditions[len(known) :], seeds[len(known) :])
-        return of_their_like(known, [variant_of(each) for each in conditions])
+        return of_their_like(known[:count], [variant_of(each) for each in conditions])
 
 
 def disagreements(teacher: Teacher, conditions: Sequence[Mapping], seeds: Sequence[int]) -> list[float]:
