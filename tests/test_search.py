@@ -19,7 +19,7 @@ from diffusers_searched_solver.check import teacher_solver
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
 from search import find_solver, search_solver
 from search.fit.budget import default_calls, usual_calls
-from search.fit.parameters import SolverFamily
+from search.fit.parameters import ALONE, SolverFamily
 from search.fit.problem import search_problem
 from search.known.contest import Contest
 from search.pipeline.field import NetworkCalls, PipelineField
@@ -73,10 +73,9 @@ def test_a_run_that_goes_on_from_a_prefix_is_the_whole_run(pipe, calls):
     assert calls.count - before == 2 * 2 * 2
 
 
-@pytest.mark.parametrize("summed", [True, False])
-def test_the_entry_jacobian_is_the_derivative_of_the_entries(pipe, summed):
+def test_the_entry_jacobian_is_the_derivative_of_the_entries(pipe):
     process = SearchedSolverScheduler.from_config(pipe.scheduler.config).process
-    family = SolverFamily(process, classical(process, 4), offsets=True, summed=summed)
+    family = SolverFamily(process, classical(process, 4), offsets=True)
     vector = family.start + 0.1 * np.sin(np.arange(19))
     analytic = family.entry_jacobian(vector)
     h = 1e-6
@@ -85,20 +84,31 @@ def test_the_entry_jacobian_is_the_derivative_of_the_entries(pipe, summed):
         np.testing.assert_allclose(analytic[:, k], quotient, atol=1e-5)
 
 
-@pytest.mark.parametrize("summed", [True, False])
-def test_numbers_of_a_vector_are_weights_of_differences_of_predictions(pipe, summed):
+@pytest.mark.parametrize("differences", [True, False])
+def test_moving_weight_between_predictions_that_are_alike_is_damped_little_only_where_differences_are_trusted(
+    pipe, differences
+):
     process = SearchedSolverScheduler.from_config(pipe.scheduler.config).process
-    family = SolverFamily(process, classical(process, 4), offsets=True, summed=summed)
-    before = family.solver(family.entries(family.start)).coefficients
-    for k, (i, j) in enumerate(zip(family.rows, family.columns, strict=True)):
-        moved = family.start.copy()
-        moved[k] += 0.5
-        change = np.zeros((4, 4))
-        change[i, j] = 0.5
-        if summed and j < i:
-            change[i, j + 1] = -0.5
-        after = family.solver(family.entries(moved)).coefficients
-        np.testing.assert_allclose(after - before, change, atol=1e-12)
+    family = SolverFamily(process, classical(process, 4), offsets=True, differences=differences)
+    predictions = 1 + 0.01 * np.random.default_rng(0).standard_normal((50, 4))
+    columns = np.zeros((50, len(family.start)))
+    columns[:, : len(family.rows)] = predictions[:, family.columns]
+    columns[:, len(family.rows) :] = 1.0
+    everything = np.arange(len(family.start))
+    damping = family.damping(columns.T @ columns, everything)
+    np.testing.assert_allclose(damping, damping.T)
+    last_row = np.flatnonzero(family.rows == 3)
+    for first, second in zip(last_row, last_row[1:], strict=False):
+        moved = np.zeros(len(family.start))
+        moved[[first, second]] = 1.0, -1.0
+        # Alone, each of the two does 50.
+        assert moved @ damping @ moved == pytest.approx(ALONE * 100 if differences else 100, rel=0.03)
+    # What is no coefficient is damped by itself.
+    time = len(family.rows)
+    assert np.flatnonzero(damping[time]).tolist() == [time]
+    # Of some numbers: their part.
+    some = everything[:-2]
+    np.testing.assert_allclose(family.damping((columns.T @ columns)[:-2, :-2], some), damping[:-2, :-2])
 
 
 def test_a_branch_feels_an_entry_no_earlier_than_its_family_says(pipe):

@@ -52,7 +52,7 @@ def gauss_newton_iteration(
     Take one Jacobian of the end-point error and as many steps as it is good for.
 
         loss = mean over samples of e^2 / e_known,    e^2 = mean of r^2,    r = x_N - teacher's end point
-        step = -(J^T W J + damping * diag(J^T W J))^-1 J^T W r
+        step = -(J^T W J + damping * M)^-1 J^T W r,    M = family.damping(J^T W J)
 
     where W weighs a sample by 1 / e_known, the error of the best solver that was known before: so neither do samples
     rule that every solver finds hard, as they would with weights of one, nor those that are nearly exact already, as
@@ -145,10 +145,11 @@ class _LinearModel:
                 "(`--mixed-precision no`), or search for more steps."
             )
         step, diagonal = np.zeros(len(self.vector)), np.diag(normal)
-        self._metric = np.maximum(diagonal, USABLE * diagonal.max())
+        self._metric = self.family.damping(normal, self.parameters)
+        np.fill_diagonal(self._metric, np.maximum(np.diag(self._metric), USABLE * diagonal.max()))
         if diagonal.max() > 0:
             limits = reach * self.family.limits[self.parameters]
-            taken = confined_step(normal + damping * np.diag(self._metric), gradient, limits)
+            taken = confined_step(normal + damping * self._metric, gradient, limits)
             step[self.parameters] = taken
             self.promised = -float(2 * gradient @ taken + taken @ normal @ taken) / squares
         return step
@@ -187,8 +188,8 @@ class _LinearModel:
         return gain
 
     def _broyden_update(self, step: np.ndarray, residuals: list[torch.Tensor]):
-        """J += (r_new - r - J step) m^T / (m . step), m = metric * step: the least change that explains r_new."""
-        dual = self._metric * step / (step @ (self._metric * step))
+        """J += (r_new - r - J step) m^T / (m . step), m = M step: the least change that explains r_new."""
+        dual = self._metric @ step / (step @ self._metric @ step)
         for old, new, jacobian in zip(self.residuals, residuals, self.jacobians, strict=True):
             surprise = new - old - torch.einsum("p,pbd->bd", torch.from_numpy(step).to(jacobian), jacobian)
             jacobian += torch.from_numpy(dual).to(jacobian)[:, None, None] * surprise

@@ -19,6 +19,8 @@ GAP_SHARE = 0.1
 # Where the linear model is worth something: a step moves no gap by more than this factor, no network time by more than
 # this share of a gap and no coefficient by more than this.
 MAX_STRETCH, MAX_OFFSET, MAX_CORRECTION = 5.0, 2.0, 10.0
+# How much of a step's damping is relative to what coefficients do alone, where differences are trusted.
+ALONE = 0.1
 # A difference quotient is best when a change grows with the square root of the rounding error. Up to this one, the
 # changes below are large enough; more than this many times as large, nodes would meet.
 EXACT, LARGEST_FACTOR = 1e-4, 10.0
@@ -47,25 +49,13 @@ class SolverFamily:
     Solvers of N steps around a known one, in the velocity frame, as a vector without constraints.
 
         entries = (d, tau, o):  nodes at the times tau,  timesteps = tau + o,  coefficients = AB(nodes) + d
-        vector  = (s, z, o):    s_ij = d_i0 + ... + d_ij, or d_ij
-                                tau_i = T * (1 + m - (1 + 2m) * sum_{k <= i} g_k),   g = f + (1 - sum f) * softmax(z)
+        vector  = (d, z, o):    tau_i = T * (1 + m - (1 + 2m) * sum_{k <= i} g_k),   g = f + (1 - sum f) * softmax(z)
 
     where k = 0 ... N are the gaps between the beginning, the nodes and the end, m is a margin at both ends within
     which tau is the end, f a least gap, and AB the Adams-Bashforth table of the nodes. Because it follows them, moving
     a node is worth about what it would be worth in a classical solver, instead of spoiling coefficients that were made
     for other nodes (the authors of "GAS", arXiv 2510.17699, found this of corrections to DPM-Solver++). Row sums are
     free.
-
-    Predictions of neighbouring steps are much alike. So moving weight from one to the next does little beside what
-    either coefficient does, and a damping that is relative to the effects of coefficients allows little of it. By
-    Abel's summation
-
-        sum_j d_ij p_j = s_ii p_i + sum_{j < i} s_ij (p_j - p_{j+1}),
-
-    so what is damped of s is relative to the effects of differences, which leads farther (digits-sit: 0.0069 instead
-    of 0.0080 at 8 steps, 0.0031 instead of 0.0045 at 10). But where a few noises are much harder than others, these
-    suffer from large differences (ztf32: 0.71 instead of 0.59 times UniPC's error at 8 steps), and in bfloat16
-    differences are rounding (digits-sit: 0.0147 instead of 0.0138): there, s = d.
 
     A flow-matching run begins at pure noise whatever the first network time. If the network predicts velocities, the
     nodes matter only through the coefficients and d already frees those, so o would be redundant and stays as it is.
@@ -76,23 +66,24 @@ class SolverFamily:
             and it ends at the data.
         offsets (`bool`): Whether o is searched.
         rounding (`float`): `rounding_error` of the predictions.
-        summed (`bool`): Whether s are sums.
+        differences (`bool`): Whether `damping` is of differences of predictions too.
 
     Source: for searched coefficients and step sizes by softmax, Wang et al., arXiv 2505.21114.
     """
 
     def __init__(
-        self, process: NoiseProcess, known: SearchedSolver, offsets: bool, rounding: float = 0.0, summed: bool = True
+        self,
+        process: NoiseProcess,
+        known: SearchedSolver,
+        offsets: bool,
+        rounding: float = 0.0,
+        differences: bool = True,
     ):
-        self.process, self.num_steps, self.offsets = process, known.num_steps, offsets
+        self.process, self.num_steps, self.offsets, self.differences = process, known.num_steps, offsets, differences
         known = known.in_frame(FRAME)
         self._change = float(np.clip(np.sqrt(rounding / EXACT), 1.0, LARGEST_FACTOR))
         self.rows, self.columns = np.tril_indices(self.num_steps)
         self._splits = [len(self.rows), len(self.rows) + self.num_steps]
-        # d = differences @ s; the number before one is of the same row, unless it is a row's first.
-        self._differences = np.eye(len(self.rows))
-        if summed:
-            self._differences -= np.diag(self.columns[1:] > 0, -1)
         self._first = (float(known.alphas[0]), float(known.sigmas[0])) if process.kind == "flow_matching" else None
         tau = process.timesteps(known.alphas, known.sigmas)[:-1]
         if self._first:
@@ -104,7 +95,7 @@ class SolverFamily:
         z = np.log(free / free.sum())
         classical = self._classical(tau)
         d = (known.coefficients - classical.coefficients)[self.rows, self.columns]
-        self.start = np.concatenate([self.sums(d), z, known.timesteps - tau])
+        self.start = np.concatenate([d, z, known.timesteps - tau])
 
     def _gaps(self, tau: np.ndarray) -> np.ndarray:
         bounds = np.concatenate([[1 + MARGIN], tau / self.process.max_timestep, [-MARGIN]])
@@ -112,14 +103,10 @@ class SolverFamily:
 
     def entries(self, vector: np.ndarray) -> np.ndarray:
         """(d, tau, o) of a vector."""
-        sums, z, o = self._split(vector)
+        d, z, o = self._split(vector)
         gaps = self._floor + (1 - self._floor.sum()) * _softmax(z)
         tau = 1 + MARGIN - (1 + 2 * MARGIN) * np.cumsum(gaps)[:-1]
-        return np.concatenate([self._differences @ sums, self.process.max_timestep * np.clip(tau, 0, 1), o])
-
-    def sums(self, d: np.ndarray) -> np.ndarray:
-        """s of the entries d."""
-        return np.linalg.solve(self._differences, d)
+        return np.concatenate([d, self.process.max_timestep * np.clip(tau, 0, 1), o])
 
     def _split(self, vector: np.ndarray) -> list[np.ndarray]:
         return np.split(vector, [self._splits[0], self._splits[1] + 1])
@@ -131,10 +118,42 @@ class SolverFamily:
         below = np.arange(n + 1)[None, :] > np.arange(n)[:, None]
         free = (1 + 2 * MARGIN) * self.process.max_timestep * (1 - self._floor.sum())
         jacobian = np.zeros((k + 2 * n, k + 2 * n + 1))
-        jacobian[:k, :k] = self._differences
+        jacobian[:k, :k] = np.eye(k)
         jacobian[k : k + n, k : k + n + 1] = free * shares * (below - (below * shares).sum(1, keepdims=True))
         jacobian[k + n :, k + n + 1 :] = np.eye(n)
         return jacobian
+
+    def damping(self, normal: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+        """
+        The matrix that a step is damped by.
+
+        Marquardt's is relative to what each number does by itself. But predictions of neighbouring steps are much
+        alike, so moving weight from one to the next does little beside what either coefficient does, and is held back.
+        By Abel's summation
+
+            sum_j d_ij p_j = s_ii p_i + sum_{j < i} s_ij (p_j - p_{j+1}),    s_ij = d_i0 + ... + d_ij
+
+        so what is relative to the effects of s is relative to those of differences, and leads farther (digits-sit:
+        0.0063 instead of 0.0080 at 8 steps), but then directions that matter little are hardly damped at all, and the
+        solver suffers where predictions differ more (at twice the guidance 0.039 instead of 0.019). Both together lead
+        nearly as far, and hold there (0.0071, 0.024; all means of seven seeds). Where a few noises are much harder
+        than others, these suffer in any case (ztf32: 0.85 instead of 0.59 times UniPC's error at 8 steps), and in
+        bfloat16 differences are rounding (digits-sit: 0.0147 instead of 0.0138): there, d alone.
+
+        Args:
+            normal (`np.ndarray`, shape (parameters, parameters)): J^T W J.
+            parameters (`np.ndarray`): Which numbers of a vector these are.
+        """
+        alone = np.diag(np.diag(normal))
+        if not self.differences:
+            return alone
+        sums, every = np.eye(len(self.start)), np.zeros((len(self.start), len(self.start)))
+        k = len(self.rows)
+        sums[:k, :k] = (self.rows == self.rows[:, None]) & (self.columns <= self.columns[:, None])
+        every[np.ix_(parameters, parameters)] = normal
+        weights = np.linalg.inv(sums)
+        of_sums = sums.T @ np.diag(np.diag(weights.T @ every @ weights)) @ sums
+        return ALONE * alone + (1 - ALONE) * of_sums[np.ix_(parameters, parameters)]
 
     @property
     def limits(self) -> np.ndarray:

@@ -32,8 +32,8 @@ def best_of_kinds(standings: Sequence[Standing], count: int) -> list[KnownTable]
 def make_family(problem: Problem, known: SearchedSolver) -> SolverFamily:
     """The solvers around a known one among which a search looks."""
     # Hard noises and rounding are what spoils differences of predictions.
-    summed = not problem.heavy and problem.rounding <= EXACT
-    return SolverFamily(problem.process, known, problem.offsets, problem.rounding, summed)
+    differences = not problem.heavy and problem.rounding <= EXACT
+    return SolverFamily(problem.process, known, problem.offsets, problem.rounding, differences)
 
 
 def start_grids(process: NoiseProcess, num_steps: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

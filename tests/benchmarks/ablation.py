@@ -33,7 +33,7 @@ class AbsoluteCoefficients(SolverFamily):
 
     def __init__(self, process, known, offsets, rounding=0.0):
         super().__init__(process, known, offsets, rounding)
-        self.start[: len(self.rows)] = self.sums(known.in_frame(FRAME).coefficients[self.rows, self.columns])
+        self.start[: len(self.rows)] = known.in_frame(FRAME).coefficients[self.rows, self.columns]
 
     def solver(self, entries: np.ndarray) -> SearchedSolver:
         coefficients = np.zeros((self.num_steps, self.num_steps))
@@ -45,7 +45,7 @@ class DampedOneByOne(SolverFamily):
     """Coefficients are damped by their own effects, not by those of differences of predictions."""
 
     def __init__(self, process, known, offsets, rounding=0.0):
-        super().__init__(process, known, offsets, rounding, summed=False)
+        super().__init__(process, known, offsets, rounding, differences=False)
 
 
 class RowSumsOfOne(SolverFamily):
