@@ -236,6 +236,16 @@ def test_samples_of_a_batch_do_not_interact():
     torch.testing.assert_close(both[1:], run(pipe, [3], latents=noise(2)[1:]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_weights_may_be_stored_in_a_type_that_nothing_computes_in(network):
+    """As layerwise casting, bitsandbytes and torchao store them."""
+    expected, pipe = run(new_pipeline(network), num_inference_steps=1), new_pipeline(network)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    found = run(pipe, num_inference_steps=1)
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).square().mean() < 0.05 * expected.square().mean()
+
+
 def test_every_name_of_a_class_is_a_label():
     pipe = new_pipeline()
     assert pipe.labels == {"Tinca tinca": 0, "goldfish": 1, "tench": 0}

@@ -124,7 +124,7 @@ class FlowDCNTransformer2DModel(ModelMixin, ConfigMixin):
                 " tile the latent: pad or crop it."
             )
         h = self.x_embedder(hidden_states)
-        c = (self.t_embedder(timestep) + self.y_embedder(class_labels))[:, None, None]
+        c = (self.t_embedder(timestep, hidden_states.dtype) + self.y_embedder(class_labels))[:, None, None]
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 h = self._gradient_checkpointing_func(block, h, c)

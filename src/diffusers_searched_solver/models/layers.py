@@ -25,11 +25,16 @@ class TimeEmbedder(nn.Module):
         nn.init.normal_(self.mlp[0].weight, std=0.02)
         nn.init.normal_(self.mlp[2].weight, std=0.02)
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """Embed as mlp([cos(t f), sin(t f)]), in float32 up to the MLP."""
+    def forward(self, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """
+        Embed as mlp([cos(t f), sin(t f)]), in float32 up to the MLP.
+
+        Args:
+            dtype: That the MLP computes in; its weights may be stored in another.
+        """
         angles = t.float()[:, None] * self.frequencies(t.device)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(dtype))
 
     def frequencies(self, device: torch.device) -> torch.Tensor:
         """Return f_k = max_period^(-k/K), K numbers, rounded as by the official code: t = 999 shows the last bit."""

@@ -137,7 +137,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
                 f" position table was made for `sample_size` {size}: pass latents of that size."
             )
         h = self.x_embedder(hidden_states).flatten(1, 2) + self.pos_embed
-        c = (self.t_embedder(timestep) + self.y_embedder(class_labels))[:, None]
+        c = (self.t_embedder(timestep, hidden_states.dtype) + self.y_embedder(class_labels))[:, None]
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 h = self._gradient_checkpointing_func(block, h, c)
