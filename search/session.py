@@ -61,7 +61,7 @@ def heading(pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Se
         base_model=settings.base_model or hub_repository(settings.pipeline),
         license=settings.license,
         # Media as the paths that were given.
-        example={**conditions[0], **{k: v for k, v in settings.call_kwargs.items() if isinstance(v, str)}},
+        example={**conditions[0], **{k: v for k, v in settings.call_kwargs.items() if isinstance(v, str | list)}},
         guidance_scale=settings.scale,
         conditions=len(conditions),
         dtype=str(getattr(pipe, "dtype", "torch.float32")).removeprefix("torch."),

@@ -84,7 +84,7 @@ class Settings:
     call_kwargs: dict = field(
         default_factory=dict,
         metadata={
-            "help": "further arguments of the pipeline's call, as JSON; images and videos as paths",
+            "help": "further arguments of the pipeline's call, as JSON; images and videos as paths or addresses",
             "shown": "{}",
         },
     )

@@ -2,7 +2,11 @@
 
 import json
 import shutil
+import threading
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from tiny_pipelines import build
 
 from diffusers_searched_solver import SearchedSolverScheduler
 from search import measure
-from search.pipeline.conditions import sampled_conditions, variant_of
+from search.pipeline.conditions import read_media, sampled_conditions, variant_of
 from search.pipeline.loading import load_pipeline
 from search.results.record import Report
 from search.run import main
@@ -112,6 +116,27 @@ def test_images_are_read_from_files(tmp_path):
     assert found["image"].size == (8, 6) and found["prompt"] == "a.png"
     with pytest.raises(ValueError, match="`image`: '.*b.png' cannot be read as an image or a video"):
         sampled_conditions(*arguments, {"image": str(tmp_path / "b.png")})
+    with pytest.raises(ValueError, match="`image`: there is no file 'c.png'. Paths are relative to /"):
+        sampled_conditions(*arguments, {"image": "c.png"})
+
+
+def test_several_images_and_addresses_are_read(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    with serve_folder(tmp_path) as address:
+        paths = [str(tmp_path / "a.png"), f"{address}/a.png?size=full"]
+        (found,) = sampled_conditions(build("flux2").pipe, None, ["a cat"], None, [{}], {"image": paths})
+        with pytest.raises(ValueError, match="`image`: '.*none.png' cannot be read as an image or a video"):
+            read_media("image", f"{address}/none.png")
+    assert [image.size for image in found["image"]] == [(8, 6), (8, 6)]
+
+
+@contextmanager
+def serve_folder(folder):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

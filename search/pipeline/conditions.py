@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image, load_video
@@ -29,7 +30,8 @@ def sampled_conditions(
     Args:
         class_labels, prompts, guidance_scale: As in `build_conditions`.
         sizes: Heights, widths, numbers of frames; each goes with each condition.
-        call_kwargs: Further arguments of every call; paths of images and videos stand for what is in them.
+        call_kwargs: Further arguments of every call; paths and addresses of images and videos stand for
+            what is in them, also in lists.
 
     Raises:
         ValueError: If the pipeline takes no such argument, or needs one that is not given, or a file cannot be read.
@@ -58,17 +60,22 @@ def one_of_each(conditions: Sequence[Mapping]) -> list[Mapping]:
 
 def read_media(name: str, value: Any) -> Any:
     """
-    The image or the frames of a video in a file, if an argument is the path of one.
+    The image or the frames of a video, if an argument is the path or the address of one; of a list, of each.
 
     Raises:
-        ValueError: If the file cannot be read.
+        ValueError: If it is the name of an image or a video that is not there, or cannot be read.
     """
-    if not isinstance(value, str) or "prompt" in name or not Path(value).is_file():
+    if isinstance(value, list):
+        return [read_media(name, each) for each in value]
+    if not isinstance(value, str) or "prompt" in name:
         return value
-    suffix = Path(value).suffix.lower()
+    suffix, remote = Path(urlsplit(value).path).suffix.lower(), value.startswith(("http://", "https://"))
+    load = load_video if suffix in VIDEOS else load_image if suffix in Image.registered_extensions() else None
+    if load is None:
+        return value
+    if not remote and not Path(value).is_file():
+        raise ValueError(f"`{name}`: there is no file '{value}'. Paths are relative to {Path.cwd()}.")
     try:
-        if suffix in VIDEOS:
-            return load_video(value)
-        return load_image(value) if suffix in Image.registered_extensions() else value
+        return load(value)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"`{name}`: '{value}' cannot be read as an image or a video: {error}") from error
