@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from diffusers_searched_solver.exponential import (
     few_step_table,
 )
 from diffusers_searched_solver.grids import geometric_grid
+from diffusers_searched_solver.schedules import searched_table
 from search.known.baselines import diffusers_schedulers
 from search.known.race import table_errors
 from search.launch.network_calls import NetworkCalls
@@ -77,6 +79,15 @@ def test_beyond_the_searched_counts_a_flow_keeps_the_density_of_nodes():
     table = derived_table(file_of(FLOW, uneven), 20)
     np.testing.assert_allclose(table.sigmas[::4], uneven.sigmas, atol=1e-12)
     np.testing.assert_allclose(table.timesteps, 1000 * table.sigmas[:-1], atol=1e-9)
+
+
+@PROCESSES
+def test_outside_of_the_searched_counts_what_a_solver_adds_fades(process):
+    solver = classical(process, 8)
+    file = file_of(process, replace(solver, coefficients=solver.coefficients + 0.1 * np.eye(8), consistent=False))
+    for num_steps, kept in ((7, 0.75), (8, 1), (9, 0.75), (10, 0.5), (11, 0.25), (12, 0), (30, 0)):
+        sums = searched_table(file, num_steps, strict=False).in_frame("velocity").coefficients.sum(1)
+        np.testing.assert_allclose(sums, 1 + 0.1 * kept, atol=1e-9)
 
 
 def test_the_exponential_table_of_order_one_is_ddim_but_for_the_last_step():
@@ -198,18 +209,30 @@ def root_mean_squares(batches, solvers):
 @pytest.mark.parametrize("num_steps", [4, 6, 7, 9, 12, 16, 20, 30])
 def test_a_derived_solver_is_no_worse_than_the_best_of_diffusers_at_their_defaults(digits, num_steps):
     name, config, batches = digits
-    file = load_solver_file(f"examples/results/{name}/solver/searched_solver.safetensors")
-    rivals = tables(
-        num_steps,
-        (
-            scheduler
-            for family, settings in diffusers_schedulers(config).items()
-            for setting, scheduler in settings.items()
-            if setting in DEFAULTS and "3" not in family
-        ),
+    found, *others = root_mean_squares(
+        batches, [derived_table(searched(name), num_steps), *at_defaults(config, num_steps)]
     )
-    found, *others = root_mean_squares(batches, [derived_table(file, num_steps), *rivals])
     assert found <= min(others)
+
+
+@pytest.mark.parametrize("num_steps", [7, 9, 10])
+def test_from_one_searched_count_the_next_are_nearer_than_any_of_diffusers_at_their_defaults(digits, num_steps):
+    name, config, batches = digits
+    file = searched(name)
+    file = SolverFile({8: file.solvers[8]}, file.process, file.prediction_type)
+    found, *others = root_mean_squares(batches, [derived_table(file, num_steps), *at_defaults(config, num_steps)])
+    assert found <= 0.6 * min(others)
+
+
+def searched(name):
+    return load_solver_file(f"examples/results/{name}/solver/searched_solver.safetensors")
+
+
+def at_defaults(config, num_steps):
+    """Tables of diffusers' schedulers as they come."""
+    families = diffusers_schedulers(config)
+    settings = [pair for family in families if "3" not in family for pair in families[family].items()]
+    return tables(num_steps, (scheduler for setting, scheduler in settings if setting in DEFAULTS))
 
 
 @pytest.mark.parametrize("num_steps", [4, 6, 10, 20, 50])
