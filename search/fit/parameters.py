@@ -133,12 +133,13 @@ class SolverFamily:
 
             sum_j d_ij p_j = s_ii p_i + sum_{j < i} s_ij (p_j - p_{j+1}),    s_ij = d_i0 + ... + d_ij
 
-        so what is relative to the effects of s is relative to those of differences, and leads farther (digits-sit:
-        0.0063 instead of 0.0080 at 8 steps), but then directions that matter little are hardly damped at all, and the
-        solver suffers where predictions differ more (at twice the guidance 0.039 instead of 0.019). Both together lead
-        nearly as far, and hold there (0.0071, 0.024; all means of seven seeds). Where a few noises are much harder
-        than others, these suffer in any case (ztf32: 0.85 instead of 0.59 times UniPC's error at 8 steps), and in
-        bfloat16 differences are rounding (digits-sit: 0.0147 instead of 0.0138): there, d alone.
+        so what is relative to the effects of s is relative to those of differences, and leads farther (digits-sit, 8
+        steps: 0.0063 instead of 0.0081). But then directions that hardly matter are hardly damped at all, and the
+        solver suffers where predictions differ more: at twice the guidance 0.039 instead of 0.019, at worst 0.068, and
+        the best of diffusers has 0.042 there. Both together lead nearly as far and hold (0.0071; 0.024, at worst
+        0.032; seven seeds each, three of d alone). Where a few noises are much harder than others, these suffer in any
+        case (ztf32, 8 steps: 0.85 instead of 0.59 times UniPC's error), and in bfloat16 differences are rounding
+        (digits-sit: 0.0147 instead of 0.0138): there, d alone.
 
         Args:
             normal (`np.ndarray`, shape (parameters, parameters)): J^T W J.
