@@ -1,10 +1,12 @@
 """What a search holds: memory that does not grow with the steps of a run, and derivatives on some elements only."""
 
 import gc
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fields import load
@@ -93,26 +95,25 @@ def test_trajectories_are_compared_on_so_many_elements_whatever_the_steps_of_the
 
 @pytest.mark.parametrize("name", ["digits-dit", "digits-sit"])
 def test_derivatives_on_a_quarter_of_the_elements_lead_as_far(name, monkeypatch):
+    """On average: on one set of noises either may end 13 % farther than the other."""
     pipe = load(name)
     calls = NetworkCalls(pipe)
     conditions = [{"class_labels": [k], "guidance_scale": 1.0} for k in range(10)]
-    # Of sixteen others, one that is far from everything would decide.
-    splits = range(16), range(100, 228)
-    train, others = (Teacher(pipe, 48, 16, calls).batches(conditions, seeds) for seeds in splits)
-    process = train[0].field.process
+    splits = range(16), range(16, 32), range(32, 48), range(100, 228)
+    *sets, others = (Teacher(pipe, 48, 16, calls).batches(conditions, seeds) for seeds in splits)
+    process = others[0].field.process
     known = SearchedSolver.adams_bashforth(*start_grids(process, 4)[0], "velocity", order=3)
     family = SolverFamily(process, known, offsets=name == "digits-dit")
-    errors = []
-    for elements in (2**16, 64):
+    errors = np.zeros((len(sets), 2))
+    for (k, train), (j, elements) in itertools.product(enumerate(sets), enumerate((2**16, 64))):
         monkeypatch.setattr(rollouts, "MOST_ELEMENTS", elements)
         fitted = gauss_newton_iteration(family, family.start, train, [torch.ones(16)])
-        solver = family.solver(family.entries(fitted.vector))
-        errors.append(root_mean_square(endpoint_errors(others, solver)))
-    for batch in (*train, *others):
+        errors[k, j] = root_mean_square(endpoint_errors(others, family.solver(family.entries(fitted.vector))))
+    for batch in itertools.chain(*sets, others):
         batch.field.close()
     calls.remove()
-    assert errors[0] < 0.7 * root_mean_square(endpoint_errors(others, known))
-    assert errors[1] < 1.05 * errors[0]
+    assert (errors[:, 0] < 0.7 * root_mean_square(endpoint_errors(others, known))).all()
+    assert np.log(errors[:, 1] / errors[:, 0]).mean() < np.log(1.05)
 
 
 def test_a_search_holds_little_more_than_its_noises():
