@@ -27,7 +27,8 @@ from .teacher.batches import Teacher
 from .teacher.memory import peak_memory
 
 
-TIMED_STEPS = 16
+# Steps of a timed run, and samples of a small one.
+TIMED_STEPS, FEW = 16, 2
 # Of what tensors hold, what a process on the CPU does, because its allocator keeps what is freed between others:
 # `tests/large.py` shows 1.5 to 2.2 times as much.
 KEPT_ON_CPU = 2.2
@@ -72,7 +73,10 @@ def estimate(
         `str`: Lines for the terminal.
     """
     timed = _time_calls(pipe, conditions, settings.batch_size)
-    seconds = {stage: n * timed.seconds for stage, n in expected.items()}
+    # The first noises of a search, which serve most often, are in calls of one and two; later calls are full.
+    searching = (timed.seconds + _time_calls(pipe, conditions, min(settings.batch_size, FEW)).seconds) / 2
+    later = MEASURING, IMAGES, DRAWING
+    seconds = {n: calls * (timed.seconds if n in later else searching) for n, calls in expected.items()}
     if network is not None:
         each = seconds_per_image(pipe, conditions[0], settings.batch_size, network)
         solvers = 2 + len(diffusers_schedulers(pipe.scheduler.config))
