@@ -29,11 +29,12 @@ REPO = "org/solvers"
 # Between attempts it waits a hundredth of what the client would.
 WORKER = """
 import io, json, logging, sys, time
-pause = time.sleep
-time.sleep = lambda seconds: pause(seconds / 100)
+pause, pauses = time.sleep, []
+time.sleep = lambda seconds: (pauses.append(seconds), pause(seconds / 100))
 import torch
 from diffusers import DiffusionPipeline
 from diffusers_searched_solver import SearchedSolverScheduler, SolverFileError
+from diffusers_searched_solver.calls import pipeline_class
 torch.set_num_threads(1)
 replies, sys.stdout = sys.stdout, sys.stderr
 log = io.StringIO()
@@ -246,6 +247,16 @@ def test_without_a_cache_and_a_connection_the_message_says_both(request, hub, ca
     kwargs = {"local_files_only": True} if client == "online" else {}
     with pytest.raises(ClientError, match=f"^OSError/.*'{REPO}'.*not in the cache.*HF_HUB_OFFLINE.*Try again"):
         request.getfixturevalue(client)("load", REPO, cache_dir=cache, **kwargs)
+
+
+def test_where_the_hub_has_no_address_a_misspelt_name_is_not_asked_for_again_and_again(cache, tmp_path):
+    direct = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "")
+    client = Client(HF_ENDPOINT="http://hub.invalid", HF_HOME=str(tmp_path), **direct)
+    for function in ("load", "pipeline_class"):
+        with pytest.raises(ClientError, match="^OSError|^EnvironmentError"):
+            client(function, REPO)
+    assert client("pauses.copy") == []
+    client.close()
 
 
 @pytest.mark.parametrize("client", ["online", "offline"])

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from . import pipelines
+from .loading import hub_has_no_address
 
 
 def pipeline_class(source: str) -> type[DiffusionPipeline]:
@@ -19,7 +21,8 @@ def pipeline_class(source: str) -> type[DiffusionPipeline]:
     Raises:
         OSError, ValueError: As in `DiffusionPipeline.load_config`.
     """
-    name = DiffusionPipeline.load_config(source).get("_class_name", "")
+    unreachable = not os.path.isdir(source) and hub_has_no_address()
+    name = DiffusionPipeline.load_config(source, local_files_only=unreachable).get("_class_name", "")
     return getattr(pipelines, str(name), DiffusionPipeline)
 
 

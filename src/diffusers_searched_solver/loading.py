@@ -3,8 +3,11 @@
 import difflib
 import os
 import reprlib
+import socket
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
@@ -34,6 +37,16 @@ def check_spelling(name: str):
     near = difflib.get_close_matches(name, list_bundled_solvers(), n=1)
     if near and "/" not in name and not os.path.isdir(name):
         raise cannot_load(name, FileNotFoundError(f"there is no such folder. Did you mean '{near[0]}'?"))
+
+
+def hub_has_no_address() -> bool:
+    """Whether there is no way to the Hub, as without a connection: its client would try six times all the same."""
+    if getproxies().keys() & {"http", "https", "all"}:
+        return False
+    try:
+        return not socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return True
 
 
 def find_solver_file(path: Path) -> SolverFile:

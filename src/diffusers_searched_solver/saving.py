@@ -17,6 +17,7 @@ from .loading import (
     check_config,
     check_spelling,
     find_solver_file,
+    hub_has_no_address,
     list_bundled_solvers,
     solver_from_hub,
 )
@@ -66,6 +67,8 @@ class SavedWithSolver(SchedulerMixin, ConfigMixin):
         if source == name:
             check_spelling(name)
         _check_folder(name, source, subfolder, cls.config_name)
+        if not os.path.isdir(source) and not kwargs.get("force_download") and hub_has_no_address():
+            kwargs["local_files_only"] = True
         try:
             config, others, commit_hash = cls.load_config(
                 source, subfolder=subfolder, return_unused_kwargs=True, return_commit_hash=True, **kwargs
