@@ -27,7 +27,7 @@ from search.fit.problem import HEAVY, search_problem
 from search.fit.screening import evenness, of_their_like, stratified
 from search.fit.starts import make_family
 from search.fit.strategy import fit_solver
-from search.known.baselines import CLASSICAL, KnownTable, at_other_steps, diffusers_schedulers, known_tables
+from search.known.baselines import CLASSICAL, KnownTable, diffusers_schedulers, known_tables
 from search.known.contest import Contest, score
 from search.known.race import LEAST, RUNGS, race
 from search.launch.journal import Journal
@@ -386,16 +386,6 @@ def test_within_its_limits_a_step_is_the_best_one():
     slope = matrix @ step + gradient
     assert (np.abs(step) <= limits).all() and (np.abs(step) == limits).any()
     np.testing.assert_allclose(slope[np.abs(step) < limits], 0, atol=1e-9)
-
-
-@PROCESSES
-def test_other_step_counts_are_interpolated_and_the_same_one_is_the_same_nodes(process):
-    solver = classical(process, 6)
-    same = at_other_steps(solver, process, 6)
-    np.testing.assert_allclose(same.sigmas, solver.sigmas, atol=1e-9)
-    np.testing.assert_allclose(same.coefficients, solver.coefficients, atol=1e-9)
-    more = at_other_steps(solver, process, 12)
-    np.testing.assert_allclose(more.sigmas[::2], solver.sigmas, atol=1e-9)
 
 
 def test_a_scheduler_s_table_can_be_the_outcome():

@@ -4,21 +4,28 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from diffusers_searched_solver import NoiseProcess, SearchedSolver, time_grid
+from diffusers_searched_solver import NoiseProcess, SearchedSolver, SolverFile, time_grid
+from diffusers_searched_solver.derived import MOST_STEPS, derived_from, derived_table
 
-from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, at_other_steps, in_one_kind
+from ..known.baselines import CLASSICAL, GIVEN, NEIGHBOUR, KnownTable, in_one_kind
 from ..known.race import Standing
 from .budget import FIRST_NOISES
 from .parameters import EXACT, SolverFamily
 from .problem import Problem
 
 
-def given_tables(given: Mapping[int, SearchedSolver], process: NoiseProcess, num_steps: int) -> list[KnownTable]:
-    """Of solvers by number of steps, that of these, or what those of others say of these."""
+def given_tables(given: Mapping[int, SearchedSolver], problem: Problem, num_steps: int) -> list[KnownTable]:
+    """Of solvers by number of steps, that of these, or what is derived from those of others."""
     if num_steps in given:
         return [KnownTable(GIVEN, "", in_one_kind(given[num_steps]), False)]
-    tables = {count: in_one_kind(at_other_steps(solver, process, num_steps)) for count, solver in given.items()}
-    return [KnownTable(NEIGHBOUR, f"of {count} steps", table, False) for count, table in tables.items()]
+    if not given or not min(given) - 1 <= num_steps <= MOST_STEPS:
+        return []
+    solvers = {count: in_one_kind(solver) for count, solver in given.items()}
+    file = SolverFile(solvers, problem.process, problem.prediction_type)
+    # Of none if these are so far off that nothing of them is left.
+    counts = derived_from(file, num_steps)
+    table = in_one_kind(derived_table(file, num_steps))
+    return [KnownTable(NEIGHBOUR, f"of {' and '.join(map(str, counts))} steps", table, False)] if counts else []
 
 
 def best_of_kinds(standings: Sequence[Standing], count: int) -> list[KnownTable]:

@@ -84,7 +84,7 @@ class _Fit:
     def __init__(self, problem, num_steps, max_calls, journal, tell, given):
         self.problem, self.num_steps, self.budget = problem, num_steps, Budget(problem, num_steps, max_calls)
         self.journal, self.tell, self.start = journal, tell, journal.spent
-        self.tables = [*known_tables(problem.config, num_steps), *given_tables(given, problem.process, num_steps)]
+        self.tables = [*known_tables(problem.config, num_steps), *given_tables(given, problem, num_steps)]
         self.num_judges = self.budget.judges
         self.budget.check(len(self.tables))
 

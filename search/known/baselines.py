@@ -5,7 +5,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
@@ -101,21 +100,3 @@ def run_scheduler(field: PipelineField, scheduler: SchedulerMixin, num_steps: in
         output, x = field.evaluate(x, timestep)
         x = scheduler.step(output, timestep, x, return_dict=False)[0]
     return x
-
-
-def at_other_steps(solver: SearchedSolver, process: NoiseProcess, num_steps: int) -> SearchedSolver:
-    """
-    What a solver says of another number of steps: its node times and network times, interpolated in the share of steps
-    that are done, with Adams-Bashforth coefficients.
-    """
-    times = process.timesteps(solver.alphas, solver.sigmas)
-    # The end is the data, whatever the time of the cleanest node.
-    times[-1] = 0.0
-    share, of_solver = np.arange(num_steps) / num_steps, np.arange(solver.num_steps + 1) / solver.num_steps
-    tau = np.interp(share, of_solver, times)
-    offsets = np.interp(share, of_solver, np.append(solver.timesteps - times[:-1], 0.0))
-    alphas, sigmas = process.alpha_sigma(tau)
-    if process.kind == "flow_matching":
-        alphas[0], sigmas[0] = solver.alphas[0], solver.sigmas[0]
-    nodes = np.append(alphas, 1.0), np.append(sigmas, 0.0)
-    return SearchedSolver.adams_bashforth(tau + offsets, *nodes, "velocity", order=3)
