@@ -37,7 +37,7 @@ TEACHER_NOISES = 4
 # Below this evenness a few noises are much harder than others. Then there are so many times as many noises and calls,
 # and so many times as many again that judge.
 HEAVY = 0.55
-HEAVY_FACTOR, HEAVY_JUDGES, HEAVY_CALLS = 2, 2, 2.5
+HEAVY_FACTOR, HEAVY_JUDGES, HEAVY_CALLS = 2, 2, 3.0
 # What halving the steps of a method of third order multiplies its error with, less one: that is in the difference.
 HALVED = 2**3 - 1
 

@@ -114,13 +114,15 @@ class _Fit:
         """The best known tables of different kinds, on the noises that judge."""
         noises = self.problem.judging if self.problem.heavy else self.problem.train
         standings = race(self.tables, noises, self.budget.many, self.journal.remember, self.budget.rungs)
-        best = best_of_kinds(standings, self.problem.judges_factor)
-        starts = [self._judged(str(table), table.solver) for table in best]
+        tables = best_of_kinds(standings, self.problem.judges_factor)
+        judged = [(self._judged(str(table), table.solver), table) for table in tables]
         # What follows from other step counts is a start, but nothing that anybody knew.
         self.tuned = rivals([each for each in standings if each.table.family not in (GIVEN, NEIGHBOUR)])
-        known = [(each, table) for each, table in zip(starts, best, strict=True) if table.family != NEIGHBOUR]
+        known = [(each, table) for each, table in judged if table.family != NEIGHBOUR]
         self.known, self.best_known = min(known, key=lambda pair: pair[0].error)
-        return starts
+        schedulers = sorted((each for each, table in judged if table.from_diffusers), key=self._rank)
+        # Where more than one of these is judged, it is for the sake of `known`: they are much alike, and lead as far.
+        return [*schedulers[:1], *(each for each, table in judged if not table.from_diffusers)]
 
     def _judged(self, name: str, solver: SearchedSolver, family=None, vector=None) -> Contender:
         """A contender with its errors on the noises that judge."""
@@ -213,7 +215,9 @@ class _Fit:
             racing = [each for each in racing if self._rank(each) <= CLOSE * self._rank(racing[0])]
             moved, losses = [], []
             for contender in racing:
-                if moved and self.budget.iteration(stop - start) > self.left / 2:
+                # Where a few noises are much harder than others, to have tried another is worth more than a round.
+                share = 1 if self.problem.heavy else 2
+                if moved and self.budget.iteration(stop - start) > self.left / share:
                     break
                 improved, loss = self._iterated(contender, start, stop, times_only=False)
                 moved.append(min(contender, improved, key=self._rank))
