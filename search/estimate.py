@@ -75,8 +75,8 @@ def estimate(
     timed = _time_calls(pipe, conditions, settings.batch_size)
     # The first noises of a search, which serve most often, are in calls of one and two; later calls are full.
     searching = (timed.seconds + _time_calls(pipe, conditions, min(settings.batch_size, FEW)).seconds) / 2
-    later = MEASURING, IMAGES, DRAWING
-    seconds = {n: calls * (timed.seconds if n in later else searching) for n, calls in expected.items()}
+    per_call = {stage: timed.seconds for stage in (MEASURING, IMAGES, DRAWING)}
+    seconds = {stage: n * per_call.get(stage, searching) for stage, n in expected.items()}
     if network is not None:
         each = seconds_per_image(pipe, conditions[0], settings.batch_size, network)
         solvers = 2 + len(diffusers_schedulers(pipe.scheduler.config))
