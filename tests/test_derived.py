@@ -74,11 +74,14 @@ def test_what_is_derived_from_consistent_solvers_is_consistent(process, num_step
     np.testing.assert_allclose(table.coefficients.sum(1), 1, atol=1e-9)
 
 
-def test_beyond_the_searched_counts_a_flow_keeps_the_density_of_nodes():
-    uneven = SearchedSolver.adams_bashforth(*time_grid(FLOW, 5, 3.0), "velocity", 3)
-    table = derived_table(file_of(FLOW, uneven), 20)
-    np.testing.assert_allclose(table.sigmas[::4], uneven.sigmas, atol=1e-12)
+def test_beyond_the_searched_counts_a_flow_keeps_the_mean_density_of_nodes():
+    dense, sparse = (SearchedSolver.adams_bashforth(*time_grid(FLOW, 5, shift), "velocity", 3) for shift in (3.0, 1.0))
+    table = derived_table(file_of(FLOW, dense), 20)
+    np.testing.assert_allclose(table.sigmas[::4], dense.sigmas, atol=1e-12)
     np.testing.assert_allclose(table.timesteps, 1000 * table.sigmas[:-1], atol=1e-9)
+    ten = SearchedSolver.adams_bashforth(*time_grid(FLOW, 10, 1.0), "velocity", 3)
+    table = derived_table(file_of(FLOW, dense, ten), 20)
+    np.testing.assert_allclose(table.sigmas[::4], (dense.sigmas + sparse.sigmas) / 2, atol=1e-12)
 
 
 @PROCESSES
