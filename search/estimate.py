@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from accelerate import PartialState
@@ -10,8 +10,9 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver.rivals import diffusers_schedulers
 
-from .fit.budget import judging_evaluations, search_bytes, shared_evaluations, usual_calls
-from .fit.problem import HEAVY_CALLS, calls_per_evaluation, setup_evaluations
+from .fit.budget import allowed_calls, check_calls, judging_evaluations, search_bytes, shared_evaluations
+from .fit.demands import HEAVY_CALLS, Demands
+from .fit.problem import setup_evaluations
 from .gradient.recipe import Recipe, recipe_evaluations
 from .launch.network_calls import NetworkCalls
 from .launch.progress import DRAWING, IMAGES, MEASURING, TEACHER
@@ -34,13 +35,15 @@ TIMED_STEPS, FEW = 16, 2
 KEPT_ON_CPU = 2.2
 
 
-def expected_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Settings) -> dict[str, int]:
-    """Network calls of all processes for the teacher, the search for each number of steps, and what follows."""
-    calls = NetworkCalls(pipe)
-    per_sample = calls_per_evaluation(pipe, conditions, calls)
-    calls.remove()
-    config = pipe.scheduler.config
-    expected = {} if settings.evaluate_only else _search_calls(config, conditions, settings, per_sample)
+def expected_calls(demands: Demands, conditions: Sequence[Mapping], settings: Settings) -> dict[str, int]:
+    """
+    Network calls of all processes for the teacher, the search for each number of steps, and what follows.
+
+    Raises:
+        ValueError: If fewer are allowed than one iteration takes.
+    """
+    config, per_sample = demands.config, demands.calls_per_evaluation
+    expected = {} if settings.evaluate_only else _search_calls(demands, settings)
     full = settings.measure == "full"
     measuring_steps = (FINER if full else 1) * settings.teacher_steps
     steps = settings.num_steps
@@ -58,6 +61,7 @@ def estimate(
     pipe: DiffusionPipeline,
     conditions: Sequence[Mapping],
     settings: Settings,
+    demands: Demands,
     expected: Mapping[str, int],
     network: FeatureNetwork | None = None,
 ) -> str:
@@ -65,17 +69,17 @@ def estimate(
     Network calls, minutes and memory of a whole run, from a few timed calls of the pipeline.
 
     Args:
-        settings: Of the run.
+        settings, demands: Of the run.
         expected: As `expected_calls` has them.
         network (*optional*): What images are compared by.
 
     Returns:
         `str`: Lines for the terminal.
     """
-    timed = _time_calls(pipe, conditions, settings.batch_size)
+    full = _seconds_per_call(pipe, conditions, settings.batch_size)
     # The first noises of a search, which serve most often, are in calls of one and two; later calls are full.
-    searching = (timed.seconds + _time_calls(pipe, conditions, min(settings.batch_size, FEW)).seconds) / 2
-    per_call = {stage: timed.seconds for stage in (MEASURING, IMAGES, DRAWING)}
+    searching = (full + _seconds_per_call(pipe, conditions, min(settings.batch_size, FEW))) / 2
+    per_call = {stage: full for stage in (MEASURING, IMAGES, DRAWING)}
     seconds = {stage: n * per_call.get(stage, searching) for stage, n in expected.items()}
     if network is not None:
         each = seconds_per_image(pipe, conditions[0], settings.batch_size, network)
@@ -91,34 +95,27 @@ def estimate(
     )
     if not settings.evaluate_only and settings.fitter == "gauss-newton" and settings.max_calls is None:
         lines.append(f"{HEAVY_CALLS:g} times as many to search if a few noises turn out to be much harder than others")
-    return "\n".join([*lines, _memory(pipe, conditions, settings, timed.elements)])
+    return "\n".join([*lines, _memory(device_of(pipe), settings, demands)])
 
 
-@dataclass(frozen=True)
-class _Timed:
-    """Seconds of one network call, and elements of a sample's state."""
-
-    seconds: float
-    elements: int
-
-
-def _memory(pipe: DiffusionPipeline, conditions: Sequence[Mapping], settings: Settings, elements: int) -> str:
-    sampling = peak_memory(device_of(pipe)) / 2**20
+def _memory(device: torch.device, settings: Settings, demands: Demands) -> str:
+    sampling = peak_memory(device) / 2**20
     if settings.evaluate_only:
         return f"peak memory: {sampling:,.0f} MiB"
     if settings.fitter == "gradient":
         return f"peak memory: {sampling:,.0f} MiB, and what the network keeps for its gradient"
-    scales = len(one_of_each(conditions)), PartialState().num_processes
-    sizes = settings.num_steps, elements, settings.batch_size, *scales
-    kept = KEPT_ON_CPU if device_of(pipe).type == "cpu" else 1.0
-    held, most = (kept * search_bytes(*sizes, heavy) / 2**20 for heavy in (False, True))
+    of_run = settings.num_steps, settings.batch_size, PartialState().num_processes
+    kept = KEPT_ON_CPU if device.type == "cpu" else 1.0
+    uneven = replace(demands, evenness=0.0)
+    held, most = (kept * search_bytes(each, *of_run) / 2**20 for each in (demands, uneven))
     return (
         f"peak memory: {sampling + held:,.0f} MiB, {sampling:,.0f} for sampling and {held:,.0f} to search, or "
         f"{most:,.0f} if a few noises are much harder than others"
     )
 
 
-def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], batch_size: int) -> _Timed:
+def _seconds_per_call(pipe: DiffusionPipeline, conditions: Sequence[Mapping], batch_size: int) -> float:
+    """Seconds of one network call in batches, once they are opened."""
     calls = NetworkCalls(pipe)
     opening, started = 0, 0.0
 
@@ -128,33 +125,31 @@ def _time_calls(pipe: DiffusionPipeline, conditions: Sequence[Mapping], batch_si
 
     calls.on_call = skip_opening
     variants = one_of_each(conditions)
-    seeds = range(batch_size * len(variants))
-    batches = Teacher(pipe, TIMED_STEPS, batch_size, calls).batches(variants, seeds)
+    batches = Teacher(pipe, TIMED_STEPS, batch_size, calls).batches(variants, range(batch_size * len(variants)))
     if device_of(pipe).type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    elements = sum(each.field.shape.numel() for each in batches) // len(seeds)
     for each in batches:
         each.field.close()
     calls.remove()
-    return _Timed(seconds / (calls.count - opening), elements)
+    return seconds / (calls.count - opening)
 
 
-def _search_calls(
-    config: Mapping, conditions: Sequence[Mapping], settings: Settings, per_sample: float
-) -> dict[str, int]:
+def _search_calls(demands: Demands, settings: Settings) -> dict[str, int]:
     """Network calls until the teacher is good enough, and for every step count, which spends what it may."""
-    setup, scales = setup_evaluations(settings.teacher_steps, max(settings.num_steps)), len(one_of_each(conditions))
-    shared = scales * shared_evaluations(settings.teacher_steps)
+    teacher_steps, per_sample = settings.teacher_steps, demands.calls_per_evaluation
+    setup = setup_evaluations(teacher_steps, max(settings.num_steps))
+    shared = demands.num_variants * shared_evaluations(teacher_steps)
     expected, known = {TEACHER: int(per_sample * setup)}, setup
+    if settings.fitter == "gauss-newton":
+        check_calls(demands, settings.num_steps, settings.max_calls)
     for num_steps in settings.num_steps:
         if settings.fitter == "gradient":
-            recipe = Recipe(num_samples=settings.num_samples, teacher_steps=settings.teacher_steps)
-            evaluations = recipe_evaluations(recipe, num_steps) + judging_evaluations(config, num_steps)
+            recipe = Recipe(num_samples=settings.num_samples, teacher_steps=teacher_steps)
+            evaluations = recipe_evaluations(recipe, num_steps) + judging_evaluations(demands.config, num_steps)
             calls = per_sample * (evaluations + (shared if known == setup else 0))
         else:
-            budget = scales * usual_calls(num_steps) if settings.max_calls is None else settings.max_calls
-            calls = budget - per_sample * known
+            calls = allowed_calls(demands, num_steps, settings.max_calls) - per_sample * known
         expected[f"{num_steps} steps"] = max(0, int(calls))
         # The noises of the first step count are there for the others.
         known = setup + shared

@@ -15,8 +15,10 @@ from diffusers import DiffusionPipeline
 
 from search.earlier import earlier_search, to_measure
 from search.estimate import estimate, expected_calls
+from search.fit.demands import usual_demands
 from search.fit.find import check_settings
 from search.launch.heartbeat import peers_watched
+from search.launch.network_calls import NetworkCalls
 from search.launch.processes import LostProcessError
 from search.launch.progress import DRAWING, Progress
 from search.measure.image_metrics import load_feature_network
@@ -71,10 +73,15 @@ def _run(pipe: DiffusionPipeline, settings: Settings, command: str, track: Calla
         check_settings(settings.num_steps, conditions, settings.teacher_steps, settings.batch_size)
         conditions = admit(pipe, conditions, settings.num_steps)
     network = load_feature_network(pipe, conditions[0], settings.of_images)
-    expected = expected_calls(pipe, conditions, settings) if settings.num_steps else {DRAWING: 0}
+    expected = {DRAWING: 0}
+    if settings.num_steps:
+        calls = NetworkCalls(pipe)
+        demands = usual_demands(pipe, conditions, settings.teacher_steps, calls)
+        calls.remove()
+        expected = expected_calls(demands, conditions, settings)
     if settings.dry_run:
         finished = f"The search in '{settings.output_dir}' is finished: there is nothing to go on with."
-        print(estimate(pipe, conditions, settings, expected, network) if settings.num_steps else finished)
+        print(estimate(pipe, conditions, settings, demands, expected, network) if settings.num_steps else finished)
         return
     with Progress(expected, track) as progress:
         session = Session(pipe, conditions, settings, command, network, progress)

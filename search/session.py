@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler
 
-from .fit.budget import default_calls
+from .fit.budget import allowed_calls, check_calls
 from .fit.find import given_solvers
 from .fit.outcome import Outcome
 from .fit.problem import Problem, search_problem
@@ -165,6 +165,7 @@ class Session:
         started = time.perf_counter()
         problem = search_problem(self.teacher, self.conditions, settings.num_steps, settings.seed)
         if settings.fitter == "gauss-newton":
+            check_calls(problem, settings.num_steps, settings.max_calls)
             journal.check(problem.fingerprint())
         seconds = time.perf_counter() - started
         for num_steps in settings.num_steps:
@@ -212,8 +213,7 @@ class Session:
     ) -> Iterator[Outcome]:
         """Ever better outcomes for one step count, by either fitter."""
         if self.settings.fitter == "gauss-newton":
-            limit = self.settings.max_calls
-            budget = default_calls(problem, num_steps) if limit is None else limit
+            budget = allowed_calls(problem, num_steps, self.settings.max_calls)
             return fit_solver(problem, num_steps, budget, journal, self.progress.found, known)
         return self._by_gradient(problem, num_steps, journal)
 

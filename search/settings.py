@@ -15,7 +15,7 @@ from accelerate.utils import LoggerType
 from huggingface_hub import cached_assets_path
 
 from .fit.budget import BASE_CALLS, CALLS_PER_CUBED_STEP
-from .fit.problem import HEAVY_CALLS
+from .fit.demands import HEAVY_CALLS
 from .gradient.recipe import PAPER_RECIPE
 from .measure.feature_network import INCEPTION
 from .measure.image_metrics import ImageSettings

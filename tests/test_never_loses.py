@@ -21,9 +21,10 @@ from diffusers_searched_solver import (
 )
 from search import find_solver
 from search.fit import strategy
+from search.fit.demands import HEAVY
 from search.fit.gauss_newton import confined_step
 from search.fit.parameters import SolverFamily
-from search.fit.problem import HEAVY, search_problem
+from search.fit.problem import search_problem
 from search.fit.screening import evenness, of_their_like, stratified
 from search.fit.starts import make_family
 from search.fit.strategy import fit_solver
@@ -171,9 +172,13 @@ def test_a_noise_that_gives_nan_is_named_before_anything_is_searched():
             find_solver(pipe, 4, UNGUIDED)
 
 
-def test_the_least_budget_is_named():
+def test_the_least_budget_is_named_before_anything_is_searched():
+    pipe, ran = load("digits-sit"), []
+    pipe.transformer.register_forward_hook(lambda module, args, output: ran.append(len(output[0])))
     with pytest.raises(ValueError, match="`max_calls` is 999, expected at least [0-9,]+ for 4 steps: the teacher's"):
-        find_solver(load("digits-sit"), 4, UNGUIDED, max_calls=999)
+        find_solver(pipe, 4, UNGUIDED, max_calls=999)
+    # The trial of the pipeline's call, and what opens it for the search.
+    assert sum(ran) < 50
 
 
 def test_the_teacher_s_steps_are_doubled_until_its_error_is_a_tenth_of_a_rival_s():

@@ -277,8 +277,10 @@ def test_accelerate_launch_writes_what_from_pretrained_loads(tmp_path, name, sca
         (["--num-samples", "5"], "--num-samples is for --fitter gradient; here --max-calls decides"),
         (["--call-kwargs", '{"guidance_scale": "high"}'], "The call of ClassToImagePipeline with guidance_scale=high"),
         (["--call-kwargs", "[1]"], "expected a JSON object"),
+        (["--num-steps", "3", "10", "--max-calls", "9000"], "`max_calls` is 9,000, expected at least "),
+        (["--max-calls", "9000", "--dry-run"], "`max_calls` is 9,000, expected at least "),
     ],
-    ids=["no samples", "failing call", "odd json"],
+    ids=["no samples", "failing call", "odd json", "too few calls for one of them", "estimating too few calls"],
 )
 def test_a_search_that_cannot_run_says_why_and_writes_nothing(tmp_path, options, message):
     result = run_py("--pipeline", EXAMPLES / "digits-sit", "--output-dir", tmp_path / "out", *options)

@@ -11,7 +11,7 @@ from ..known.race import HARD_RUNGS, RUNGS, race_evaluations
 from ..pipeline.field import HELD_STATES, MOST_HELD
 from ..pipeline.noises import portion_end
 from ..pipeline.rollout import MOST_ELEMENTS
-from .problem import HEAVY_CALLS, HEAVY_FACTOR, HEAVY_JUDGES, Problem
+from .demands import HEAVY_CALLS, HEAVY_FACTOR, HEAVY_JUDGES, Demands
 
 
 # Network calls of a search, and how many more for the cubed number of steps: a Jacobian has about half as many columns
@@ -45,65 +45,56 @@ class Budget:
     How many noises the stages of one search have, and what they cost in evaluations of one sample.
 
     Args:
-        problem, num_steps: What is fitted, and N.
+        demands, num_steps: Of what is fitted, and N.
         max_calls (`float`): Network calls of all.
     """
 
-    problem: Problem
+    demands: Demands
     num_steps: int
     max_calls: float
 
     def many(self, noises: int) -> int:
         """As many times the usual number of noises as this problem needs, at the end of a portion."""
-        return portion_end(self.problem.factor * noises)
+        return portion_end(self.demands.factor * noises)
 
     def enough(self, noises: int) -> int:
         """As many, or as many as have a few residuals for every number of a table: states of toys are so small."""
-        return max(self.many(noises), portion_end(math.ceil(RESIDUALS * self.num_steps**2 / self.problem.elements)))
+        return max(self.many(noises), portion_end(math.ceil(RESIDUALS * self.num_steps**2 / self.demands.elements)))
 
     @property
     def first_noises(self) -> int:
         """Of the first iterations over everything."""
-        return self._heavy_noises if self.problem.heavy else self.enough(FIRST_NOISES)
+        return self._heavy_noises if self.demands.heavy else self.enough(FIRST_NOISES)
 
     @property
     def later_noises(self) -> int:
         """Of those that follow."""
-        return self._heavy_noises if self.problem.heavy else self.enough(LATER_NOISES)
+        return self._heavy_noises if self.demands.heavy else self.enough(LATER_NOISES)
 
     @property
     def _heavy_noises(self) -> int:
         return portion_end(
-            self.problem.num_variants * int(np.clip(EFFECTIVE_NOISES / self.problem.evenness, *HEAVY_NOISES))
+            self.demands.num_variants * int(np.clip(EFFECTIVE_NOISES / self.demands.evenness, *HEAVY_NOISES))
         )
 
     @property
     def judges(self) -> int:
         """Noises that judge: as many as a share of the calls pays for, within what is useful."""
-        each = (self.problem.teacher_steps + JUDGED * self.num_steps) * self.problem.calls_per_evaluation
-        least, most = self.problem.judges_factor * JUDGES, self.problem.judges_factor * MOST_JUDGES
+        each = (self.demands.teacher_steps + JUDGED * self.num_steps) * self.demands.calls_per_evaluation
+        least, most = self.demands.judges_factor * JUDGES, self.demands.judges_factor * MOST_JUDGES
         return portion_end(int(np.clip(JUDGING_SHARE * self.max_calls / each, least, most)))
 
     @property
     def rungs(self) -> Sequence[tuple[int, float]]:
         """Of the race."""
-        return HARD_RUNGS if self.problem.heavy else RUNGS
-
-    @property
-    def confirming(self) -> int:
-        """Evaluations that are kept for the outcome to be confirmed with."""
-        if not self.problem.heavy:
-            return 0
-        count = self.many(CONFIRMING)
-        made = (count - self.problem.confirming.asked) * self.problem.teacher_steps
-        return made + count * (1 + len(WAYS)) * self.num_steps
+        return HARD_RUNGS if self.demands.heavy else RUNGS
 
     def iteration(self, noises: int, times_only: bool = False) -> int:
         """An iteration that makes the least trials, and judging it: a column is a run from where it differs on."""
         n = self.num_steps
         columns = n * (n + 1) // 2
         if not times_only:
-            columns += n * (n**2 - 1) // 6 + (columns if self.problem.offsets else 0)
+            columns += n * (n**2 - 1) // 6 + (columns if self.demands.offsets else 0)
         judged = 0 if times_only else self.judges
         return noises * (columns + 2 * n) + judged * n + LEAST_TRIALS * self.trial(noises)
 
@@ -118,10 +109,10 @@ class Budget:
         Raises:
             ValueError: If the calls do not suffice.
         """
-        first, teacher_steps = self.enough(FIRST_NOISES), self.problem.teacher_steps
+        first, teacher_steps = self.enough(FIRST_NOISES), self.demands.teacher_steps
         racing = sum(num_tables * share * self.many(n) for n, share in self.rungs) * self.num_steps / 2
         evaluations = teacher_steps * (first + self.judges) + racing + 4 * self.judges * self.num_steps
-        least = int((evaluations + self.iteration(first)) * self.problem.calls_per_evaluation)
+        least = int((evaluations + self.iteration(first)) * self.demands.calls_per_evaluation)
         if self.max_calls < least:
             raise ValueError(
                 f"`max_calls` is {self.max_calls:,}, expected at least {least:,} for {self.num_steps} steps: the "
@@ -130,9 +121,26 @@ class Budget:
             )
 
 
-def default_calls(problem: Problem, num_steps: int) -> int:
+def check_calls(demands: Demands, step_counts: Sequence[int], max_calls: int | None):
+    """
+    Refuse a search in which a step count would not come to one iteration.
+
+    Raises:
+        ValueError: If the calls do not suffice.
+    """
+    for num_steps in step_counts:
+        budget = Budget(demands, num_steps, allowed_calls(demands, num_steps, max_calls))
+        budget.check(len(known_tables(demands.config, num_steps)))
+
+
+def allowed_calls(demands: Demands, num_steps: int, max_calls: int | None) -> int:
+    """Network calls that a search has: those that it is given, or else by default."""
+    return default_calls(demands, num_steps) if max_calls is None else max_calls
+
+
+def default_calls(demands: Demands, num_steps: int) -> int:
     """Network calls that a search has unless it is told otherwise."""
-    return int(problem.num_variants * (HEAVY_CALLS if problem.heavy else 1) * usual_calls(num_steps))
+    return int(demands.num_variants * (HEAVY_CALLS if demands.heavy else 1) * usual_calls(num_steps))
 
 
 def usual_calls(num_steps: int) -> int:
@@ -150,17 +158,15 @@ def judging_evaluations(config: Mapping, num_steps: int) -> int:
     return race_evaluations(len(known_tables(config, num_steps)), num_steps) + 4 * JUDGES * num_steps
 
 
-def search_bytes(
-    step_counts: Sequence[int], elements: int, batch_size: int, num_variants: int, num_processes: int, heavy: bool
-) -> float:
+def search_bytes(demands: Demands, step_counts: Sequence[int], batch_size: int, num_processes: int) -> float:
     """
     What a search holds in one process beyond a run of the pipeline, at most: derivatives, the teacher's ends, calls
     that are suspended, and a run with all its states and predictions.
     """
-    iterated = HEAVY_NOISES[1] if heavy else LATER_NOISES
-    judging = HEAVY_FACTOR * (HEAVY_JUDGES * JUDGES + CONFIRMING) if heavy else JUDGES
-    iterated, noises = (math.ceil(num_variants * n / num_processes) for n in (iterated, iterated + judging))
-    state, most = 4.0 * elements, max(step_counts)
-    derivatives = 4.0 * min(elements, MOST_ELEMENTS) * iterated * (most * (most + 1) // 2 + 2 * most)
+    iterated = HEAVY_NOISES[1] if demands.heavy else LATER_NOISES
+    judging = HEAVY_FACTOR * (HEAVY_JUDGES * JUDGES + CONFIRMING) if demands.heavy else JUDGES
+    iterated, noises = (math.ceil(demands.num_variants * n / num_processes) for n in (iterated, iterated + judging))
+    state, most = 4.0 * demands.elements, max(step_counts)
+    derivatives = 4.0 * min(demands.elements, MOST_ELEMENTS) * iterated * (most * (most + 1) // 2 + 2 * most)
     suspended = min(HELD_STATES * state * noises, max(MOST_HELD, HELD_STATES * state * batch_size))
     return derivatives + state * noises + suspended + 2 * most * state * batch_size

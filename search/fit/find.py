@@ -11,7 +11,8 @@ from ..launch.journal import Journal
 from ..pipeline.field import NetworkCalls
 from ..teacher.admission import admit
 from ..teacher.batches import BATCH_SIZE, TEACHER_STEPS, Teacher
-from .budget import default_calls
+from .budget import allowed_calls, check_calls
+from .demands import usual_demands
 from .outcome import Outcome
 from .problem import search_problem
 from .strategy import fit_solver
@@ -86,9 +87,10 @@ def find_solver(
     calls = NetworkCalls(pipe)
     problem = None
     try:
+        check_calls(usual_demands(pipe, conditions, teacher_steps, calls), [num_steps], max_calls)
         teacher = Teacher(pipe, teacher_steps, batch_size, calls)
         problem = search_problem(teacher, conditions, [num_steps], seed)
-        journal, budget = Journal(calls), default_calls(problem, num_steps) if max_calls is None else max_calls
+        journal, budget = Journal(calls), allowed_calls(problem, num_steps, max_calls)
         *_, outcome = fit_solver(problem, num_steps, budget, journal, lambda found: say(str(found)), others)
         say(outcome.verdict)
         return outcome

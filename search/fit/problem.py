@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver import (
     NoiseProcess,
@@ -18,13 +17,12 @@ from diffusers_searched_solver import (
 from diffusers_searched_solver.check import teacher_solver
 
 from ..launch.processes import agree, gather, total
-from ..pipeline.conditions import one_of_each
-from ..pipeline.field import NetworkCalls, PipelineField
 from ..pipeline.noises import Noises
 from ..pipeline.rollout import endpoint_errors, rollout, root_mean_square, sample_errors
 from ..pipeline.rounding import rounding_error
 from ..teacher.batches import TEACHER_SHARE, Teacher
 from ..teacher.splits import CONFIRMING_SEEDS, JUDGING_SEEDS, TRAIN_SEEDS, make_noises
+from .demands import HEAVY, Demands, usual_demands
 from .parameters import FRAME
 from .screening import HARD, Screening, screening_evaluations
 
@@ -34,69 +32,31 @@ logger = logging.getLogger(__name__)
 MOST_TEACHER_STEPS = 1024
 # The noises on which the teacher is tried.
 TEACHER_NOISES = 4
-# Below this evenness a few noises are much harder than others. Then there are so many times as many noises and calls,
-# and so many times as many again that judge.
-HEAVY = 0.55
-HEAVY_FACTOR, HEAVY_JUDGES, HEAVY_CALLS = 2, 2, 3.0
 # What halving the steps of a method of third order multiplies its error with, less one: that is in the difference.
 HALVED = 2**3 - 1
 
 
-@dataclass(frozen=True)
-class Problem:
+@dataclass(frozen=True, kw_only=True)
+class Problem(Demands):
     """
     What a solver is fitted to.
 
     Args:
-        config: Of the pipeline's scheduler.
-        process, prediction_type: Of the pipeline.
+        process: Of the pipeline.
         rounding (`float`): Of its predictions.
         train, judging (`Noises`): To fit, and to judge what was fitted.
         confirming (`Noises`): To ask once, when all is done.
-        evenness (`float`): How many noises of one hardness would be worth as much as one: one if all are of one.
-        num_variants (`int`): Guidance scales and sizes that the solver has to serve.
-        teacher_steps (`int`): Of the run whose ends are the goal.
-        teacher_error (`float`): Its own error, as far as runs of half its steps show.
-        elements (`int`): Of a sample's state.
-        calls_per_evaluation (`float`): Network calls of one evaluation of one sample, guidance included; the mean over
-            guidance scales and sizes.
+        teacher_error (`float`): Of the run whose ends are the goal, as far as runs of half its steps show.
         setup_calls (`int`): What all processes have spent until here, but for these noises.
     """
 
-    config: Mapping
     process: NoiseProcess
-    prediction_type: str
     rounding: float
     train: Noises
     judging: Noises
     confirming: Noises
-    evenness: float
-    num_variants: int
-    teacher_steps: int
     teacher_error: float
-    elements: int
-    calls_per_evaluation: float
     setup_calls: int
-
-    @property
-    def heavy(self) -> bool:
-        """Whether a few noises are much harder than others."""
-        return self.evenness < HEAVY
-
-    @property
-    def offsets(self) -> bool:
-        """Whether network times are searched too; where velocities are predicted they are redundant."""
-        return self.prediction_type != "flow_prediction"
-
-    @property
-    def factor(self) -> int:
-        """How many times as many noises as usual a search has."""
-        return self.num_variants * (HEAVY_FACTOR if self.heavy else 1)
-
-    @property
-    def judges_factor(self) -> int:
-        """The same of the noises that judge."""
-        return self.factor * (HEAVY_JUDGES if self.heavy else 1)
 
     @property
     def calls(self) -> int:
@@ -155,28 +115,19 @@ def search_problem(teacher: Teacher, conditions: Sequence[Mapping], step_counts:
 
     found = _good_teacher(teacher, lambda each: noises(TRAIN_SEEDS, each), own.process, max(step_counts))
     train, teacher, error = found
-    per_evaluation = agree(calls_per_evaluation(pipe, conditions, calls) if PartialState().is_main_process else None)
     first = train.between(0, 1)
     rounding = agree(rounding_error(first[0].field) if PartialState().is_main_process else None)
-    elements = agree(first[0].field.shape[1:].numel() if PartialState().is_main_process else None)
     judging = noises(JUDGING_SEEDS, teacher)
-    setup = total(calls.count - before) - train.calls
-    kind = own.config.prediction_type
+    demands = vars(usual_demands(pipe, conditions, teacher.steps, calls)) | {"evenness": evenness}
     return Problem(
-        pipe.scheduler.config,
-        own.process,
-        kind,
-        rounding,
-        train,
-        judging,
-        noises(CONFIRMING_SEEDS, teacher),
-        evenness,
-        len(one_of_each(conditions)),
-        teacher.steps,
-        error,
-        elements,
-        per_evaluation,
-        setup,
+        **demands,
+        process=own.process,
+        rounding=rounding,
+        train=train,
+        judging=judging,
+        confirming=noises(CONFIRMING_SEEDS, teacher),
+        teacher_error=error,
+        setup_calls=total(calls.count - before) - train.calls,
     )
 
 
@@ -205,14 +156,6 @@ def _good_teacher(
 def setup_evaluations(teacher_steps: int, most_steps: int) -> int:
     """Evaluations of one sample for screening, and until the teacher is good enough on a few noises."""
     return screening_evaluations() + int(TEACHER_NOISES * (1.5 * teacher_steps + 3 * most_steps))
-
-
-def calls_per_evaluation(pipe: DiffusionPipeline, conditions: Sequence[Mapping], calls: NetworkCalls) -> float:
-    """Network calls of one evaluation of one sample, guidance included; the mean over guidance scales and sizes."""
-    variants, before = one_of_each(conditions), calls.count
-    for condition in variants:
-        PipelineField(pipe, condition, [0], calls).close()
-    return (calls.count - before) / len(variants)
 
 
 def _ends(train: Noises, solver: SearchedSolver) -> list[torch.Tensor]:

@@ -94,7 +94,16 @@ class _Fit:
     def left(self) -> float:
         """Evaluations of one sample that there are calls for, but for those that the outcome is confirmed with."""
         spent = self.problem.charged + self.journal.spent - self.start
-        return (self.budget.max_calls - spent) / self.problem.calls_per_evaluation - self.budget.confirming
+        return (self.budget.max_calls - spent) / self.problem.calls_per_evaluation - self._confirming
+
+    @property
+    def _confirming(self) -> int:
+        """Evaluations that are kept for the outcome to be confirmed with."""
+        if not self.problem.heavy:
+            return 0
+        count = self.budget.many(CONFIRMING)
+        made = (count - self.problem.confirming.asked) * self.problem.teacher_steps
+        return made + count * (1 + len(WAYS)) * self.num_steps
 
     def run(self) -> Iterator[Outcome]:
         """Search."""
