@@ -1,7 +1,7 @@
 """What a search comes to, and solvers on their way to it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -61,14 +61,14 @@ class Contender:
     Args:
         name (`str`): What it began as.
         solver (`SearchedSolver`): What it is.
-        errors, weights (`torch.Tensor`): On the noises that judge, and what these weigh.
+        errors, weights (`torch.Tensor`, *optional*): On the noises that judge, and what these weigh.
         family, vector (*optional*): Where it is searched on.
     """
 
     name: str
     solver: SearchedSolver
-    errors: torch.Tensor
-    weights: torch.Tensor
+    errors: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
     family: SolverFamily | None = None
     vector: np.ndarray | None = None
 
@@ -77,3 +77,22 @@ class Contender:
         """The root mean square over noises; infinite if one is not finite."""
         error = float((self.errors.square() * self.weights / self.weights.sum()).sum().sqrt())
         return error if np.isfinite(error) else np.inf
+
+    def on_the_way(self, shares: Sequence[float], start: np.ndarray | None = None) -> list["Contender"]:
+        """
+        Contenders at these shares of the way to this one, where there are solvers; itself if it is not searched.
+
+        Args:
+            start (*optional*): The vector where the way begins; by default what its family is around.
+        """
+        if self.family is None:
+            return [self]
+        found, start = [], self.family.start if start is None else start
+        for share in shares:
+            vector = (1 - share) * start + share * self.vector
+            try:
+                solver = self.family.solver(self.family.entries(vector))
+            except ValueError:
+                continue  # two network times have changed places
+            found.append(replace(self, solver=solver, vector=vector))
+        return found

@@ -62,8 +62,8 @@ def fit_solver(
        is the outcome.
 
     Where a few noises are much harder than others, all is on more noises, of which more are hard ones. Known tables
-    race on these, an iteration is on 32 to 64, and in the end fresh noises choose between the outcome, solvers on the
-    way to it and the best that was known.
+    race on these, an iteration is on 32 to 64, half of what it has fitted is judged beside all of it, and in the end
+    fresh noises choose between the outcome, solvers on the way to it and the best that was known.
 
     Args:
         problem, num_steps: What to fit, and N.
@@ -119,14 +119,14 @@ class _Fit:
     def judge(self, solver: SearchedSolver) -> Outcome:
         """Judge a solver that was found otherwise."""
         self._raced()
-        return self._decided(self._judged("searched", solver))
+        return self._decided(self._judged(Contender("searched", solver)))
 
     def _raced(self) -> list[Contender]:
         """The best known tables of different kinds, on the noises that judge."""
         noises = self.problem.judging if self.problem.heavy else self.problem.train
         standings = race(self.tables, noises, self.budget.many, self.journal.remember, self.budget.rungs)
         tables = best_of_kinds(standings, self.problem.judges_factor)
-        judged = [(self._judged(str(table), table.solver), table) for table in tables]
+        judged = [(self._judged(Contender(str(table), table.solver)), table) for table in tables]
         # What follows from other step counts is a start, but nothing that anybody knew.
         self.tuned = rivals([each for each in standings if each.table.family not in (GIVEN, NEIGHBOUR)])
         known = [(each, table) for each, table in judged if table.family != NEIGHBOUR]
@@ -136,12 +136,11 @@ class _Fit:
         going_on = schedulers[:1] if self.problem.heavy else schedulers
         return [*going_on, *(each for each, table in judged if not table.from_diffusers)]
 
-    def _judged(self, name: str, solver: SearchedSolver, family=None, vector=None) -> Contender:
-        """A contender with its errors on the noises that judge."""
+    def _judged(self, contender: Contender) -> Contender:
+        """The same with its errors on the noises that judge."""
         batches = self.problem.judging.between(0, self.num_judges)
-        errors = self._remembered(batches, solver)
         weights = gathered_weights(self.problem.judging, 0, self.num_judges)
-        return Contender(name, solver, errors, weights, family, vector)
+        return replace(contender, errors=self._remembered(batches, contender.solver), weights=weights)
 
     def _remembered(self, batches: Sequence[Batch], solver: SearchedSolver) -> torch.Tensor:
         """The error of every sample of all processes."""
@@ -188,11 +187,11 @@ class _Fit:
         if "error" in found:
             self.tell(Finding(self.num_steps, f"{contender.name}: {found['error']}", {}))
             return contender, 1.0
-        vector = np.array(found["vector"])
-        solver = contender.family.solver(contender.family.entries(vector))
+        fitted = replace(contender, vector=np.array(found["vector"]))
         if times_only:
-            return replace(contender, solver=solver, vector=vector), found["loss"]
-        return self._judged(contender.name, solver, contender.family, vector), found["loss"]
+            return fitted.on_the_way((1.0,), contender.vector)[0], found["loss"]
+        judged = map(self._judged, fitted.on_the_way(self.budget.shares, contender.vector))
+        return min(judged, key=self._rank), found["loss"]
 
     def _known_errors(self, batches: Sequence[Batch], weights: Weights) -> list[torch.Tensor]:
         """The best known solver's error on every sample of each batch, over what the sample weighs."""
@@ -212,7 +211,7 @@ class _Fit:
             fitted = self.journal.remember(lambda s=contender.solver: score(endpoint_errors(batches, s), weights))
             moved.append((fitted, contender))
         contender, _ = self._iterated(min(moved, key=lambda pair: pair[0])[1], 0, noises, times_only=True)
-        return self._judged(contender.name, contender.solver, contender.family, contender.vector)
+        return self._judged(contender)
 
     def _improved(self, contenders: Sequence[Contender]) -> Iterator[Outcome]:
         """
@@ -275,9 +274,7 @@ class _Fit:
             if self._contest(best).is_decided or cost > self.left:
                 break
             self.num_judges = more
-            best, self.known = (
-                self._judged(each.name, each.solver, each.family, each.vector) for each in (best, self.known)
-            )
+            best, self.known = map(self._judged, (best, self.known))
         return self._found(best, "decided")
 
     def _confirmed(self, best: Contender) -> Outcome:
@@ -293,21 +290,8 @@ class _Fit:
         def confirmed(contender: Contender) -> Contender:
             return replace(contender, errors=self._remembered(batches, contender.solver), weights=weights)
 
-        contenders = [] if best is self.known else self._on_the_way(best)
+        contenders = [] if best is self.known else best.on_the_way(WAYS)
         self.num_judges, self.known = count, confirmed(self.known)
         better = [each for each in map(confirmed, contenders) if self._contest(each).may_be_better]
         chosen = min([self.known, *better], key=lambda each: self._contest(each).rank)
         return self._found(chosen, "confirmed", lenient=True)
-
-    def _on_the_way(self, best: Contender) -> list[Contender]:
-        """A contender, and solvers between where it began and where it is."""
-        if best.family is None:
-            return [best]
-        found, start = [], best.family.start
-        for way in WAYS:
-            try:
-                solver = best.family.solver(best.family.entries(start + way * (best.vector - start)))
-            except ValueError:
-                continue  # two network times have changed places
-            found.append(replace(best, solver=solver))
-        return found

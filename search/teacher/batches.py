@@ -23,7 +23,7 @@ from .cache import TeacherCache
 logger = logging.getLogger(__name__)
 
 # Steps of the teacher to begin with, and the share of the best rival's error that its own may be.
-TEACHER_STEPS, TEACHER_SHARE = 64, 0.1
+TEACHER_STEPS, TEACHER_SHARE = 48, 0.1
 # Samples of one pipeline call.
 BATCH_SIZE = 4
 NO_CACHE = TeacherCache()

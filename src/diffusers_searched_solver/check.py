@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 
+from .exponential import exponential_predictor_corrector
 from .grids import log_snr_grid, time_grid
 from .process import NoiseProcess
 from .rivals import diffusers_schedulers
@@ -185,9 +186,10 @@ def count_steps(config: Mapping, num_steps: Sequence[int], num_samples: int) -> 
 
 
 def teacher_solver(process: NoiseProcess, num_steps: int) -> SearchedSolver:
-    """Adams-Bashforth of order 3 on velocities, on the grid where it converges fastest for the process."""
-    grid = time_grid if process.kind == "flow_matching" else log_snr_grid
-    return SearchedSolver.adams_bashforth(*grid(process, num_steps), "velocity", order=3)
+    """The multistep method of third order, and the grid, that converge fastest for a process."""
+    if process.kind == "flow_matching":
+        return SearchedSolver.adams_bashforth(*time_grid(process, num_steps), "velocity", order=3)
+    return exponential_predictor_corrector(*log_snr_grid(process, num_steps), order=3)
 
 
 def _end(pipe, scheduler: SchedulerMixin, call: Mapping, num_steps: int, seed: int, on_step) -> torch.Tensor:
