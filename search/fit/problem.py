@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 MOST_TEACHER_STEPS = 1024
 # The noises on which the teacher is tried.
 TEACHER_NOISES = 4
-# What halving the teacher's steps multiplies its error with, less one: that is in the difference. Its method is of third
-# order, but networks are not smooth enough for that: from 24 to 48 steps errors fall by 2.4 to 6 times.
+# What halving the teacher's steps multiplies its error with, less one: that is in the difference. Its method is of
+# third order, but networks are not smooth enough for that: from 24 to 48 steps errors fall by 2.4 to 6 times.
 HALVED = 2**2 - 1
 
 
