@@ -37,7 +37,7 @@ from diffusers import (
 )
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, tensor_step, time_grid
-from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver.teacher import teacher_solver
 from search.launch.network_calls import NetworkCalls
 from search.pipeline.field import PipelineField
 from search.pipeline.rollout import rollout

@@ -28,6 +28,7 @@ from diffusers_searched_solver.exponential import (
 )
 from diffusers_searched_solver.grids import geometric_grid
 from diffusers_searched_solver.schedules import searched_table
+from diffusers_searched_solver.teacher import teacher_solver
 from search.known.baselines import diffusers_schedulers
 from search.known.race import table_errors
 from search.launch.network_calls import NetworkCalls
@@ -151,6 +152,39 @@ def test_the_table_with_a_corrector_integrates_what_it_promises_exactly(bend):
         if i >= (3 if bend else 1):
             moved = float(states[i + 1] / sigmas[i + 1] - states[since] / sigmas[since])
             assert moved == pytest.approx(integral(ratios[i + 1]) - integral(ratios[since]), rel=1e-9)
+
+
+@PROCESSES
+@pytest.mark.parametrize("bend", [0.0, 0.2], ids=["linear", "quadratic"])
+def test_the_teacher_integrates_what_it_promises_exactly(process, bend):
+    """
+    Velocities that are quadratic in tau, but for what is predicted after the last of them; linear ones from the start,
+    although the first step has only one: the second prediction mends it.
+    """
+    table = teacher_solver(process, 12)
+    scales = table.alphas + table.sigmas
+    times = table.sigmas / scales
+    velocities = 1 + 0.3 * times[:-1] - bend * times[:-1] ** 2
+    x, states = torch.zeros((), dtype=torch.float64), []
+    for i in range(12):
+        x = table.step(x, [torch.tensor(v, dtype=torch.float64) for v in velocities[: i + 1]], i)
+        states.append(float(x) / scales[i + 1])
+
+    def integral(start, end):
+        return end - start + 0.15 * (end**2 - start**2) - bend / 3 * (end**3 - start**3)
+
+    def mended(i):
+        """The state that step i begins with, by what was predicted there: without the step itself."""
+        slope = (velocities[i] - velocities[i - 1]) / (times[i] - times[i - 1])
+        length = times[i + 1] - times[i]
+        return states[i] - length * (velocities[i] + slope * length / 2)
+
+    first = 2 if bend else 1
+    found = [mended(i) - mended(first) for i in range(first, 12)]
+    expected = [integral(times[first], times[i]) for i in range(first, 12)]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    if not bend:
+        assert states[-1] == pytest.approx(integral(times[0], 0.0), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", list_bundled_solvers())

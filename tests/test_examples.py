@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_text import ENCODERS, build_with_text
 
 from diffusers_searched_solver import SearchedSolverScheduler
-from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver.teacher import teacher_solver
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -16,7 +16,7 @@ from torchmetrics.image.inception import InceptionScore
 
 from diffusers_searched_solver import SearchedSolverScheduler, process_from_config
 from diffusers_searched_solver.calls import build_conditions
-from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver.teacher import teacher_solver
 from search.measure import image_metrics
 from search.measure.feature_network import FeatureNetwork
 from search.measure.image_metrics import ImageSettings, format_metrics, load_feature_network, measure_images

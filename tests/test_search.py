@@ -15,8 +15,8 @@ from PIL import Image
 
 from diffusers_searched_solver import SearchedSolver, SearchedSolverScheduler, time_grid
 from diffusers_searched_solver.calls import build_conditions
-from diffusers_searched_solver.check import teacher_solver
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
+from diffusers_searched_solver.teacher import teacher_solver
 from search import find_solver, search_solver
 from search.fit.budget import default_calls, usual_calls
 from search.fit.parameters import ALONE, SolverFamily

@@ -12,7 +12,7 @@ import torch
 from fields import load
 
 from diffusers_searched_solver import FlowMatching, SearchedSolver, time_grid
-from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver.teacher import teacher_solver
 from search.fit.gauss_newton import gauss_newton_iteration
 from search.fit.parameters import SolverFamily
 from search.fit.starts import start_grids

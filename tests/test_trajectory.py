@@ -8,7 +8,7 @@ import torch
 from diffusers import DiTPipeline
 
 from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePreserving, time_grid
-from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver.teacher import teacher_solver
 from search.measure.trajectory import Trajectory, compare_trajectories, teacher_trajectory, with_classical_coefficients
 from search.pipeline.field import NetworkCalls
 from search.pipeline.rollout import Run, endpoint_errors, root_mean_square

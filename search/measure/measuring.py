@@ -8,8 +8,9 @@ import torch
 from accelerate import PartialState
 
 from diffusers_searched_solver import SearchedSolver, solver_from_scheduler
-from diffusers_searched_solver.check import FINALISTS, teacher_solver
+from diffusers_searched_solver.check import FINALISTS
 from diffusers_searched_solver.rivals import diffusers_schedulers
+from diffusers_searched_solver.teacher import teacher_solver
 
 from ..known.baselines import CLASSICAL, KnownTable, known_tables
 from ..known.contest import Number

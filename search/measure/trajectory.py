@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from diffusers_searched_solver import SearchedSolver
-from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver.teacher import teacher_solver
 
 from ..known.baselines import CLASSICAL
 from ..pipeline.field import PipelineField

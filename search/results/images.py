@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from diffusers_searched_solver import SearchedSolverScheduler
-from diffusers_searched_solver.check import teacher_solver
 from diffusers_searched_solver.rivals import diffusers_schedulers
+from diffusers_searched_solver.teacher import teacher_solver
 
 from ..measure.evaluate import OWN, SEARCHED, Row
 from ..measure.measuring import Evaluation

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver.calls import describe
-from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver.teacher import teacher_solver
 
 from ..launch.processes import share
 from ..pipeline.field import FieldError, NetworkCalls, PipelineField, merge_conditions

@@ -9,14 +9,11 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 
-from .exponential import exponential_predictor_corrector
-from .grids import log_snr_grid, time_grid
-from .process import NoiseProcess
 from .rivals import diffusers_schedulers
 from .scheduler import SearchedSolverScheduler
 from .serialization import SolverFile
-from .solver import SearchedSolver
 from .tabulate import solver_from_scheduler
+from .teacher import teacher_solver
 from .trial import check_arguments, recorded_steps, schedule_for, try_call, undecoded
 
 
@@ -183,13 +180,6 @@ def count_steps(config: Mapping, num_steps: Sequence[int], num_samples: int) -> 
     rivals = {count: len(rival_schedulers(config, count)) for count in num_steps}
     racing = sum(count * (n + (num_samples - 1) * min(n, FINALISTS)) for count, n in rivals.items())
     return REFERENCE_STEPS + racing + num_samples * (REFERENCE_STEPS + 2 * sum(num_steps))
-
-
-def teacher_solver(process: NoiseProcess, num_steps: int) -> SearchedSolver:
-    """The multistep method of third order, and the grid, that converge fastest for a process."""
-    if process.kind == "flow_matching":
-        return SearchedSolver.adams_bashforth(*time_grid(process, num_steps), "velocity", order=3)
-    return exponential_predictor_corrector(*log_snr_grid(process, num_steps), order=3)
 
 
 def _end(pipe, scheduler: SchedulerMixin, call: Mapping, num_steps: int, seed: int, on_step) -> torch.Tensor:

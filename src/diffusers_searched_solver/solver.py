@@ -248,7 +248,7 @@ class SearchedSolver:
                 continue
             times = signals[first : i + 2] / scales[first : i + 2]
             times = (times - times[-2]) / (times[-1] - times[-2])
-            coefficients[i, first : i + 1] = _integrated_lagrange(times[:-1])
+            coefficients[i, first : i + 1] = integrated_lagrange(times[:-1])
         return cls(timesteps, alphas, sigmas, coefficients, frame)
 
 
@@ -300,7 +300,7 @@ def weighted_sum(
     return result
 
 
-def _integrated_lagrange(times: np.ndarray) -> np.ndarray:
+def integrated_lagrange(times: np.ndarray) -> np.ndarray:
     """Integrals from 0 to 1 of the Lagrange polynomials on `times`."""
     weights = []
     for j, time in enumerate(times):

@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline, DiTPipeline
 from shipped import EXAMPLES, HALVES, PIPELINES, SEEDS, Benchmark, Records, markdown, search, spread
 
 from diffusers_searched_solver import SearchedSolver, process_from_config
-from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver.teacher import teacher_solver
 from search.teacher.batches import TEACHER_STEPS
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from diffusers_searched_solver import SearchedSolver
-from diffusers_searched_solver.check import teacher_solver
+from diffusers_searched_solver.teacher import teacher_solver
 from search.fit.budget import JUDGES, LATER_NOISES, default_calls
 from search.fit.gauss_newton import MIN_GAIN, gauss_newton_iteration
 from search.fit.parameters import FRAME, ORDER, Entry, SolverFamily
