@@ -22,7 +22,6 @@ from shipped import EXAMPLES, HALVES, PIPELINES, SEEDS, Benchmark, Records, mark
 
 from diffusers_searched_solver import SearchedSolver, process_from_config
 from diffusers_searched_solver.teacher import teacher_solver
-from search.teacher.batches import TEACHER_STEPS
 
 
 sys.path.insert(0, str(EXAMPLES))
@@ -35,7 +34,8 @@ GUIDANCE = 2.0
 SEVERAL = 1.0, 2.0, 3.0, 4.0
 SAME, HALF = "guidance 2, as searched", "bfloat16"
 OTHERS = "classes 5 to 9, searched on 0 to 4"
-TEACHER = f"{TEACHER_STEPS}-step teacher"
+MANY_STEPS = 64
+TEACHER = f"{MANY_STEPS}-step teacher"
 CARRIED, WIDE, THERE, DIFFUSERS = "carried", "of several", "searched there", "best of diffusers"
 
 
@@ -81,7 +81,7 @@ def measure(records: Records, name: str, condition: str, methods: dict[str, Find
     if condition != SAME:
         records.add(lambda: bench.measure(find(bench, SEEDS[0])), **key, method=THERE)
     if condition == HALF:
-        teacher = teacher_solver(process_from_config(bench.pipe.scheduler.config), TEACHER_STEPS)
+        teacher = teacher_solver(process_from_config(bench.pipe.scheduler.config), MANY_STEPS)
         records.add(lambda: bench.measure(teacher), **key, method=TEACHER)
     bench.close()
 

@@ -32,7 +32,7 @@ SEEDS = 0, 1, 2
 HALVES = tuple(range(5)), tuple(range(5, 10))
 CLASSES = HALVES[0] + HALVES[1]
 NUM_TUNING, NUM_HELD_OUT = 32, 512
-MEASURING_BATCH = 64
+MEASURING_STEPS, MEASURING_BATCH = 128, 64
 
 
 class Benchmark:
@@ -96,7 +96,7 @@ class Benchmark:
         return [batch for of_half in batches for batch in of_half]
 
     def _batches(self, classes: Sequence[int], seeds: Sequence[int]) -> list[Batch]:
-        teacher = Teacher(self.pipe, 2 * TEACHER_STEPS, MEASURING_BATCH, self._measuring_calls, self._cache)
+        teacher = Teacher(self.pipe, MEASURING_STEPS, MEASURING_BATCH, self._measuring_calls, self._cache)
         return teacher.batches(self.conditions(classes), seeds)
 
     def measure(self, solver: SearchedSolver) -> dict:
