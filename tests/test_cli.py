@@ -31,6 +31,7 @@ from diffusers_searched_solver import (
 from diffusers_searched_solver.check import FIRST_SEED, REFERENCE_STEPS, count_steps
 from diffusers_searched_solver.cli import main
 from diffusers_searched_solver.pipelines import ClassToImagePipeline
+from diffusers_searched_solver.teacher import teacher_solver
 from diffusers_searched_solver.trial import UnsuitableCallError
 from search.pipeline.loading import load_pipeline
 from search.settings import parse_settings
@@ -277,7 +278,7 @@ def test_distances_are_those_of_the_pipelines_own_latents(digits):
             digits.scheduler = own
 
     process = SearchedSolverScheduler.from_config(own.config).process
-    reference = SearchedSolver.adams_bashforth(*time_grid(process, REFERENCE_STEPS), "velocity", 3)
+    reference = teacher_solver(process, REFERENCE_STEPS)
     targets = ends(SearchedSolverScheduler.from_config(own.config, solver=reference), REFERENCE_STEPS)
     searched, mine = ends(SearchedSolverScheduler.from_config(own.config, solver=file), 4), ends(own, 4)
     assert [each.num_steps for each in found] == [4]
