@@ -11,7 +11,7 @@ import pytest
 import torch
 from fields import load
 
-from diffusers_searched_solver import FlowMatching, SearchedSolver, time_grid
+from diffusers_searched_solver import FlowMatching, SearchedSolver, VariancePreserving, time_grid
 from diffusers_searched_solver.teacher import teacher_solver
 from search.fit.gauss_newton import gauss_newton_iteration
 from search.fit.parameters import SolverFamily
@@ -56,6 +56,13 @@ def most_states(make_runs) -> float:
 def test_a_run_of_many_steps_holds_no_more_states_than_a_short_one():
     few, many = (most_states(lambda field, n=n: rollout(field, teacher_solver(field.process, n))) for n in (8, 128))
     assert many == few <= 8
+
+
+@pytest.mark.parametrize("process", [FlowMatching(), VariancePreserving()], ids=["flow", "variance preserving"])
+def test_a_teacher_needs_no_more_than_three_predictions(process):
+    """Tables of predicted noise or data, as velocities, need all that there were."""
+    coefficients = teacher_solver(process, 100).coefficients
+    assert not np.tril(coefficients, -3).any()
 
 
 def test_a_run_holds_every_prediction_that_its_table_uses():
