@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_searched_solver.rivals import diffusers_schedulers
 
-from .fit.budget import allowed_calls, check_calls, judging_evaluations, search_bytes, shared_evaluations
+from .fit.budget import allowed_calls, judging_evaluations, search_bytes, shared_evaluations
 from .fit.demands import HEAVY_CALLS, Demands
 from .fit.problem import setup_evaluations
 from .gradient.recipe import Recipe, recipe_evaluations
@@ -36,12 +36,7 @@ KEPT_ON_CPU = 2.2
 
 
 def expected_calls(demands: Demands, conditions: Sequence[Mapping], settings: Settings) -> dict[str, int]:
-    """
-    Network calls of all processes for the teacher, the search for each number of steps, and what follows.
-
-    Raises:
-        ValueError: If fewer are allowed than one iteration takes.
-    """
+    """Network calls of all processes for the teacher, the search for each number of steps, and what follows."""
     config, per_sample = demands.config, demands.calls_per_evaluation
     expected = {} if settings.evaluate_only else _search_calls(demands, settings)
     full = settings.measure == "full"
@@ -141,8 +136,6 @@ def _search_calls(demands: Demands, settings: Settings) -> dict[str, int]:
     setup = setup_evaluations(teacher_steps, max(settings.num_steps))
     shared = demands.num_variants * shared_evaluations(teacher_steps)
     expected, known = {TEACHER: int(per_sample * setup)}, setup
-    if settings.fitter == "gauss-newton":
-        check_calls(demands, settings.num_steps, settings.max_calls)
     for num_steps in settings.num_steps:
         if settings.fitter == "gradient":
             recipe = Recipe(num_samples=settings.num_samples, teacher_steps=teacher_steps)

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 
 from search.earlier import earlier_search, to_measure
 from search.estimate import estimate, expected_calls
+from search.fit.budget import check_calls
 from search.fit.demands import usual_demands
 from search.fit.find import check_settings
 from search.launch.heartbeat import peers_watched
@@ -78,6 +79,8 @@ def _run(pipe: DiffusionPipeline, settings: Settings, command: str, track: Calla
         calls = NetworkCalls(pipe)
         demands = usual_demands(pipe, conditions, settings.teacher_steps, calls)
         calls.remove()
+        if not settings.evaluate_only and settings.fitter == "gauss-newton":
+            check_calls(demands, settings.num_steps, settings.max_calls)
         expected = expected_calls(demands, conditions, settings)
     if settings.dry_run:
         finished = f"The search in '{settings.output_dir}' is finished: there is nothing to go on with."

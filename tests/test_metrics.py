@@ -303,13 +303,13 @@ def test_images_in_a_folder_are_a_reference_for_the_teacher_too(measure, pipe, t
     (tmp_path / "real").mkdir()
     for k, image in enumerate(ordinary_images(pipe, TEACHER_STEPS, 16)):
         image.save(tmp_path / "real" / f"{k}.png")
-    found = measure([5], reference=tmp_path / "real")
+    found = measure([3], reference=tmp_path / "real")
     assert found.reference == str(tmp_path / "real")
-    table, teacher = (row.metrics for row in found.results[5])
+    table, teacher = (row.metrics for row in found.results[3])
     # The folder has the teacher's own images, but for rounding to bytes after calls of another batch size.
     assert teacher["fid"] == pytest.approx(0, abs=1e-4)
     assert (teacher["precision"], teacher["recall"]) == (1, 1)
-    assert table["fid"] > 1e-3
+    assert table["fid"] > 1e-2
     assert "psnr" in table and "psnr" not in teacher
     assert not any((tmp_path / "out").iterdir())
 

@@ -19,13 +19,14 @@ from diffusers_searched_solver.pipelines import ClassToImagePipeline
 from diffusers_searched_solver.teacher import teacher_solver
 from search import find_solver, search_solver
 from search.fit.budget import default_calls, usual_calls
+from search.fit.find import check_settings
 from search.fit.parameters import ALONE, SolverFamily
 from search.fit.problem import search_problem
 from search.known.contest import Contest
 from search.pipeline.field import NetworkCalls, PipelineField
 from search.pipeline.loading import load_pipeline
 from search.pipeline.rollout import Run, endpoint_errors, recorded_run, rollout, root_mean_square
-from search.teacher.batches import Teacher
+from search.teacher.batches import TEACHER_STEPS, Teacher
 from search.teacher.splits import EVALUATION_SEEDS, split_seeds
 
 
@@ -289,9 +290,30 @@ def test_a_search_that_cannot_run_says_why_and_writes_nothing(tmp_path, options,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_network_that_any_solver_integrates_exactly_leaves_a_valid_solver():
-    """With a velocity of zero all errors are zero: nothing may be divided by them."""
+def without_velocity() -> ClassToImagePipeline:
     pipe = ClassToImagePipeline.from_pretrained(EXAMPLES / "digits-sit")
     pipe.transformer.register_forward_hook(lambda module, args, output: (output[0].zero_(),))
+    return pipe
+
+
+def test_the_teacher_has_twice_the_steps_of_the_solver_even_if_fewer_are_exact():
+    pipe = without_velocity()
+    calls = NetworkCalls(pipe)
+    for num_steps, expected in ((4, 8), (5, 16)):
+        problem = search_problem(Teacher(pipe, 8, 4, calls), conditions(1.0), [num_steps], 0)
+        assert problem.teacher_steps == expected
+        problem.close()
+    calls.remove()
+
+
+def test_the_usual_teacher_serves_every_step_count_and_one_that_is_given_must_be_fine_enough():
+    check_settings([30], conditions(), TEACHER_STEPS, 1)
+    with pytest.raises(ValueError, match="`teacher_steps` is 9, expected at least 10"):
+        check_settings([5], conditions(), 9, 1)
+
+
+def test_a_network_that_any_solver_integrates_exactly_leaves_a_valid_solver():
+    """With a velocity of zero all errors are zero: nothing may be divided by them."""
+    pipe = without_velocity()
     solver = search_solver(pipe, 4, conditions(1.0), teacher_steps=8)
     assert np.isfinite(solver.coefficients).all()

@@ -104,7 +104,8 @@ def check_settings(step_counts, conditions, teacher_steps, batch_size):
     """Refuse settings that no search can run with."""
     if not conditions:
         raise ValueError("`conditions` is empty. Give the keyword arguments of at least one call of the pipeline.")
-    minima = {"batch_size": 1, "teacher_steps": 2 * max(step_counts)}
+    # The usual teacher is made finer where it has to be.
+    minima = {"batch_size": 1, "teacher_steps": min(2 * max(step_counts), TEACHER_STEPS)}
     given = {"batch_size": batch_size, "teacher_steps": teacher_steps}
     for name, minimum in minima.items():
         if given[name] < minimum:

@@ -98,8 +98,8 @@ def search_problem(teacher: Teacher, conditions: Sequence[Mapping], step_counts:
     Noises to fit and to judge, with the ends of a teacher that is good enough for solvers of `step_counts` steps.
 
     Args:
-        teacher: To begin with. Its steps are doubled until its own error, as a run of half the steps shows it, is at
-            most a tenth of the best rival's at the largest step count.
+        teacher: To begin with. Its steps are doubled until they are twice the largest step count, and its own error,
+            as a run of half the steps shows it, is at most a tenth of the best rival's there.
     """
     pipe, calls = teacher.pipe, teacher.calls
     own = SearchedSolverScheduler.from_config(pipe.scheduler.config)
@@ -135,11 +135,13 @@ def search_problem(teacher: Teacher, conditions: Sequence[Mapping], step_counts:
 def _good_teacher(
     teacher: Teacher, make: Callable[[Teacher], Noises], process: NoiseProcess, most_steps: int
 ) -> tuple[Noises, Teacher, float]:
-    """Noises with the ends of a teacher whose own error is small beside a usual solver's, that teacher, its error."""
+    """Noises with the ends of a good teacher, as [`search_problem`] has it, that teacher, and its error."""
     train = make(teacher)
     coarse = _ends(train, teacher_solver(process, teacher.steps // 2))
     goal = TEACHER_SHARE * _best_rival(train, process, most_steps)
-    while (error := _distance(train, coarse) / HALVED) > goal and teacher.steps < MOST_TEACHER_STEPS:
+    while (
+        (error := _distance(train, coarse) / HALVED) > goal or teacher.steps < 2 * most_steps
+    ) and teacher.steps < MOST_TEACHER_STEPS:
         coarse = [batch.target for batch in train.between(0, TEACHER_NOISES)]
         train.close()
         teacher = replace(teacher, steps=2 * teacher.steps)

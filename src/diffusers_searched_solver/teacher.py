@@ -21,9 +21,9 @@ def adams_bashforth_moulton(timesteps: np.ndarray, alphas: np.ndarray, sigmas: n
         y~_i = y~_{i-1} + Moulton's integral from tau_{i-1} to tau_i through those of i - 2, i - 1 and i
 
     where y = x / (alpha + sigma) and tau = sigma / (alpha + sigma): one call of the network a step, and as many
-    predictions in memory as Adams-Bashforth of order 3. On variance-preserving models 48 steps of it end as near to
-    the exact ends as 64 of that; on flows they are alike. To predict with order 3 is better still on smooth networks,
-    and goes astray in few steps under guidance.
+    predictions in memory as Adams-Bashforth of order 3. On variance-preserving models 48 steps of it end about as
+    near to the exact ends as 64 of that; on flows, in as many steps, they are alike. To predict with order 3 is better
+    still on smooth networks, and goes astray in few steps under guidance.
 
     Args:
         timesteps, alphas, sigmas: As in [`SearchedSolver`].
